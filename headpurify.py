@@ -1,8 +1,8 @@
 """Attention Head Purification: which heads of CLIP to trust on a domain never seen (Wang and Kang, arXiv 2412.07226).
 
 Some attention heads of CLIP carry what a task needs, others carry the domain. Two purifications, trained together:
-  task level     HA-LoRA: a low-rank update of every head's query and value projection, each head with its own down-projection
-  domain level   DIG: one gate per head; the gates also feel the MMD between source domains, the low-rank factors do not
+  task level     HA-LoRA: low-rank updates of the query and value projections, with a down-projection for every head
+  domain level   DIG: a gate on every head; gates also feel the MMD between source domains, low-rank factors do not
 After training both are folded into the weights: the result is a plain CLIP of the same size and speed.
 
     python headpurify.py                                    # tiny-pacs, target sketch, CPU, under two minutes
@@ -19,6 +19,7 @@ import copy
 import itertools
 import json
 import time
+from pathlib import Path
 
 import matplotlib
 import torch
@@ -45,32 +46,59 @@ MODES = {
 def settings() -> argparse.Namespace:
     parser = common.common_flags(__doc__)
     group = parser.add_argument_group("attention head purification")
-    group.add_argument("--modes", nargs="+", choices=MODES, default=["zero-shot", "lora", "ha-lora+dig"],
-                       help="what to train and compare; the last one is exported (default: zero-shot lora ha-lora+dig)")
-    group.add_argument("--rank", type=int, default=2, help="rank in all layers but the last two (default: 2, implementation details)")
-    group.add_argument("--last-rank", type=int, default=8, help="rank in the last two layers (default: 8, implementation details)")
-    group.add_argument("--scale", type=float, default=1.0, help="s, the weight of the low-rank update (default: 1, our choice)")
-    group.add_argument("--alpha", type=float, default=1.0, help="weight of L_MMD for the gates (default: 1, our choice)")
-    group.add_argument("--mmd-at", choices=("output", "layers", "heads"), default="output",
-                       help="features that L_MMD compares: the encoder's output, the CLS token after every layer, "
-                            "or the gated heads of the CLS token (default: output, our choice)")
+    group.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=["zero-shot", "lora", "ha-lora+dig"],
+        help="what to train and compare; the last one is exported (default: zero-shot lora ha-lora+dig)",
+    )
+    group.add_argument(
+        "--rank", type=int, default=2, help="rank in all layers but the last two (default: 2, implementation details)"
+    )
+    group.add_argument(
+        "--last-rank", type=int, default=8, help="rank in the last two layers (default: 8, implementation details)"
+    )
+    group.add_argument(
+        "--scale", type=float, default=1.0, help="s, the weight of the low-rank update (default: 1, our choice)"
+    )
+    group.add_argument(
+        "--alpha", type=float, default=1.0, help="weight of L_MMD for the gates (default: 1, our choice)"
+    )
+    group.add_argument(
+        "--mmd-at",
+        choices=("output", "layers", "heads"),
+        default="output",
+        help="features that L_MMD compares: the encoder's output, the CLS token after every layer, "
+        "or the gated heads of the CLS token (default: output, our choice)",
+    )
     training = parser.add_argument_group("training")
-    training.add_argument("--batch-size", type=int, default=12, help="images per source domain in a step (default: 12, as published)")
-    training.add_argument("--epochs", type=int, help="passes over the sources (default: 40 as published, 8 on tiny data)")
-    training.add_argument("--lr", type=float, help="of the low-rank factors (default: 5e-4, 2e-3 on tiny data, our choice)")
+    training.add_argument(
+        "--batch-size", type=int, default=12, help="images per source domain in a step (default: 12, as published)"
+    )
+    training.add_argument(
+        "--epochs", type=int, help="passes over the sources (default: 40 as published, 4 on tiny data)"
+    )
+    training.add_argument(
+        "--lr", type=float, help="of the low-rank factors (default: 5e-4, 3e-3 on tiny data, our choice)"
+    )
     training.add_argument("--gate-lr", type=float, help="of the gates (default: 5e-3, 2e-2 on tiny data, our choice)")
-    training.add_argument("--weight-decay", type=float, default=0.01, help="AdamW, on the low-rank factors (default: 0.01, our choice)")
-    training.add_argument("--eval-every", type=int, default=2, help="epochs between evaluations (default: 2)")
-    training.add_argument("--summary", type=common.Path, help="also write the numbers of all runs to this JSON file")
+    training.add_argument(
+        "--weight-decay", type=float, default=0.01, help="AdamW, on the low-rank factors (default: 0.01, our choice)"
+    )
+    training.add_argument("--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)")
+    training.add_argument("--summary", type=Path, help="also write the numbers of all runs to this JSON file")
     args = common.settle(parser.parse_args())
     tiny = args.model == "tiny"
-    args.epochs = (8 if tiny else 40) if args.epochs is None else args.epochs
-    args.lr = (2e-3 if tiny else 5e-4) if args.lr is None else args.lr
+    args.epochs = (4 if tiny else 40) if args.epochs is None else args.epochs
+    args.lr = (3e-3 if tiny else 5e-4) if args.lr is None else args.lr
     args.gate_lr = (2e-2 if tiny else 5e-3) if args.gate_lr is None else args.gate_lr
     for name in ("rank", "last_rank", "batch_size", "epochs", "eval_every"):
         if getattr(args, name) < 1:
             hint = "; --modes dig trains gates without low-rank updates" if "rank" in name else ""
             raise common.InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}{hint}")
+    if args.summary and not args.summary.parent.is_dir():
+        raise common.InputError(f"--summary {args.summary}: there is no folder {args.summary.parent}; make it first")
     return args
 
 
@@ -95,11 +123,18 @@ class HeadPurifiedAttention(nn.Module):
     Raises: ValueError if the rank is negative or `mha` is of another kind.
     """
 
-    def __init__(self, mha: nn.MultiheadAttention, rank: int, head_aware: bool = True, gated: bool = True, scale: float = 1.0):
+    def __init__(
+        self, mha: nn.MultiheadAttention, rank: int, head_aware: bool = True, gated: bool = True, scale: float = 1.0
+    ):
         super().__init__()
         if rank < 0:
             raise ValueError(f"rank must be >= 0, got {rank}")
-        if not isinstance(mha, nn.MultiheadAttention) or not mha.batch_first or mha.in_proj_weight is None or mha.bias_k is not None:
+        if (
+            not isinstance(mha, nn.MultiheadAttention)
+            or not mha.batch_first
+            or mha.in_proj_weight is None
+            or mha.bias_k is not None
+        ):
             raise ValueError(f"need a batch_first nn.MultiheadAttention with one in_proj_weight, got {mha}")
         self.mha = mha.requires_grad_(False)
         self.rank, self.scale = rank, scale
@@ -131,7 +166,7 @@ class HeadPurifiedAttention(nn.Module):
         return weight + self.scale * torch.cat([q, torch.zeros_like(q), v])
 
     def forward(self, z, key=None, value=None, need_weights=False, attn_mask=None):
-        """Called by open_clip's ResidualAttentionBlock as `nn.MultiheadAttention` is: z (B, N, D) -> ((B, N, D), None)."""
+        """z (B, N, D) -> ((B, N, D), None); called by open_clip's ResidualAttentionBlock like `nn.MultiheadAttention`."""
         B, N, D = z.shape
         qkv = F.linear(z, self.in_projection(), self.mha.in_proj_bias)
         q, k, v = qkv.view(B, N, 3, self.mha.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
@@ -141,7 +176,7 @@ class HeadPurifiedAttention(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.MultiheadAttention:
-        """The same function as a plain layer: updates folded into W_q and W_v, gate a_i into the rows of W_o that head i meets."""
+        """The same function as a plain layer: updates in W_q and W_v, gate a_i in the rows of W_o that head i meets."""
         plain = copy.deepcopy(self.mha)
         plain.in_proj_weight.copy_(self.in_projection())
         plain.out_proj.weight.mul_(self.gates().repeat_interleave(plain.head_dim))  # rows of W_o: PyTorch's columns
@@ -150,14 +185,20 @@ class HeadPurifiedAttention(nn.Module):
 
 def blocks(visual: nn.Module):
     """The attention blocks of an open_clip ViT image tower. Raises InputError for a tower without them."""
-    found = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    if found is None or not all(isinstance(getattr(block, "attn", None), (nn.MultiheadAttention, HeadPurifiedAttention)) for block in found):
-        raise common.InputError(f"head purification needs a ViT of ResidualAttentionBlocks with nn.MultiheadAttention, got {type(visual).__name__}; "
-                                "use tiny, ViT-B-32, ViT-B-16 or ViT-L-14")  # fmt: skip
+    found = getattr(getattr(visual, "transformer", None), "resblocks", [None])
+    if not all(
+        isinstance(getattr(block, "attn", None), (nn.MultiheadAttention, HeadPurifiedAttention)) for block in found
+    ):
+        raise common.InputError(
+            f"head purification needs a ViT of ResidualAttentionBlocks with nn.MultiheadAttention, not a "
+            f"{type(visual).__name__}; use tiny, ViT-B-32, ViT-B-16 or ViT-L-14"
+        )
     return found
 
 
-def purify(visual, rank=2, last_rank=8, last_layers=2, head_aware=True, gated=True, scale=1.0) -> list[HeadPurifiedAttention]:
+def purify(
+    visual, rank=2, last_rank=8, last_layers=2, head_aware=True, gated=True, scale=1.0
+) -> list[HeadPurifiedAttention]:
     """Swap purified attention into every layer of an image tower, in place, and freeze all else.
 
     Args: rank `last_rank` in the last `last_layers` layers, `rank` in the others; 0 and 0 for gates alone.
@@ -166,7 +207,9 @@ def purify(visual, rank=2, last_rank=8, last_layers=2, head_aware=True, gated=Tr
     visual.requires_grad_(False)
     layers = blocks(visual)
     for i, block in enumerate(layers):
-        block.attn = HeadPurifiedAttention(block.attn, last_rank if i >= len(layers) - last_layers else rank, head_aware, gated, scale)
+        block.attn = HeadPurifiedAttention(
+            block.attn, last_rank if i >= len(layers) - last_layers else rank, head_aware, gated, scale
+        )
     return [block.attn for block in layers]
 
 
@@ -179,13 +222,17 @@ def merge(visual: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def recorded_features(visual: nn.Module, where: str):
-    """A list that every forward pass fills with the features L_MMD compares besides the output: CLS tokens, one (B, D) a layer."""
+    """A list that forward passes inside the block fill with what L_MMD compares: CLS tokens, one (B, D) for each layer.
+
+    `where`: "layers", what a layer hands on; "heads", its gated heads side by side; "output" leaves the list empty.
+    """
     record, hooks = [], []
     for block in blocks(visual):
-        if where == "layers":  # what the layer hands on
+        if where == "layers":
             hooks.append(block.register_forward_hook(lambda module, args, output: record.append(output[:, 0])))
-        elif where == "heads":  # the gated heads, side by side
-            hooks.append(block.attn.mha.out_proj.register_forward_pre_hook(lambda module, args: record.append(args[0][:, 0])))
+        elif where == "heads":
+            projection = block.attn.mha.out_proj
+            hooks.append(projection.register_forward_pre_hook(lambda module, args: record.append(args[0][:, 0])))
     try:
         yield record
     finally:
@@ -194,16 +241,16 @@ def recorded_features(visual: nn.Module, where: str):
 
 
 def mmd_loss(features: list[torch.Tensor], domain: torch.Tensor) -> torch.Tensor:
-    """L_MMD: MMD^2 between the domains of a batch, averaged over pairs of domains and over the features (B, D) of the list."""
+    """L_MMD: MMD^2 of the domains of a batch, averaged over pairs of domains and the features (B, D) in the list."""
     pairs = list(itertools.combinations(domain.unique().tolist(), 2))
     if not pairs:
-        raise common.InputError("L_MMD compares source domains, so there must be at least two; use --modes lora ha-lora with one source")
-    terms = [common.mmd2(x[domain == a], x[domain == b]) for x in (F.normalize(f.float(), dim=-1) for f in features) for a, b in pairs]
-    return torch.stack(terms).mean()
+        raise common.InputError("L_MMD compares source domains, so two are needed; with one, use --modes lora ha-lora")
+    unit = [F.normalize(feature.float(), dim=-1) for feature in features]
+    return torch.stack([common.mmd2(x[domain == a], x[domain == b]) for x in unit for a, b in pairs]).mean()
 
 
 def route_gradients(loss_cls, loss_mmd, lora: list, gates: list, alpha: float) -> None:
-    """Write .grad: the low-rank factors get that of L_cls, the gates that of L_cls + alpha L_MMD (the point of the paper)."""
+    """Write .grad: low-rank factors get that of L_cls, gates that of L_cls + alpha L_MMD (the point of the paper)."""
     parameters = lora + gates
     gradients = torch.autograd.grad(loss_cls, parameters, retain_graph=loss_mmd is not None)
     for parameter, gradient in zip(parameters, gradients):
@@ -219,54 +266,59 @@ def route_gradients(loss_cls, loss_mmd, lora: list, gates: list, alpha: float) -
 
 
 def train(visual, features, logit_scale: float, split: common.Split, mode: str, args, seed: int, log) -> dict:
-    """Purify the image tower `visual` in place on the sources of `split`, and leave it merged at its source-validated checkpoint.
+    """Purify the image tower `visual` in place on the sources of `split`; it ends merged, at its source-validated best.
 
-    Args: features (C, D) of the classes; `log`: called with a dict for every evaluation.
-    Returns: target accuracy of the last, the source-validated and the oracle checkpoint, gates (layers, heads), parameters, seconds.
+    Args: features: of the classes, (C, D); log: called with a dict at every evaluation.
+    Returns: target accuracy of three checkpoints, gates (layers, heads), number of trainable parameters, seconds.
     """
     use_lora, head_aware, gated = MODES[mode]
     common.set_seed(seed)
     ranks = (args.rank, args.last_rank) if use_lora else (0, 0)
     layers = purify(visual, *ranks, head_aware=head_aware, gated=gated, scale=args.scale)
-    lora, gates = [p for layer in layers for p in layer.lora_parameters()], [layer.gate_logits for layer in layers if gated]
-    optimizer = torch.optim.AdamW([{"params": lora, "lr": args.lr, "weight_decay": args.weight_decay},
-                                   {"params": gates, "lr": args.gate_lr, "weight_decay": 0.0}])  # fmt: skip
+    lora = [parameter for layer in layers for parameter in layer.lora_parameters()]
+    gates = [layer.gate_logits for layer in layers if gated]
+
     steps_per_epoch = max(1, sum(map(len, split.train.values())) // (args.batch_size * len(split.train)))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps_per_epoch)
+    steps = args.epochs * steps_per_epoch
+    groups = [{"params": lora, "lr": args.lr, "weight_decay": args.weight_decay}, {"params": gates, "lr": args.gate_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
     batches = common.source_batches(split.train, args.batch_size, seed, args.workers)
     classify = common.clip_classifier(visual, features, args.precision)
-    history, best, start = [], None, time.time()
+    history, best, start = [], (-1.0, {}), time.time()
 
-    with recorded_features(visual, args.mmd_at) as record, tqdm(total=args.epochs * steps_per_epoch, desc=f"{mode:12}", disable=None) as bar:
-        for epoch in range(1, args.epochs + 1):
+    visual.train()
+    for step in tqdm(range(1, steps + 1), desc=f"{mode:12}", disable=None):
+        images, labels, domain = next(batches)
+        images, labels = images.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
+        with common.autocast(args.device, args.precision), recorded_features(visual, args.mmd_at) as record:
+            embedding = visual(images)  # (B, D)
+        logits = logit_scale * F.normalize(embedding.float(), dim=-1) @ features.T  # (B, C)
+        loss_cls = F.cross_entropy(logits, labels)
+        loss_mmd = mmd_loss(record or [embedding], domain) if gated else torch.zeros((), device=args.device)
+        route_gradients(scaler.scale(loss_cls), scaler.scale(loss_mmd) if gated else None, lora, gates, args.alpha)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+
+        if step % (args.eval_every * steps_per_epoch) == 0 or step == steps:
+            visual.eval()
+            holdout = common.evaluate(classify, split.holdout, args.device, workers=args.workers)["accuracy"]
+            target = common.evaluate(classify, split.target, args.device, workers=args.workers)["accuracy"]
+            row = {"mode": mode, "step": step, "loss_cls": loss_cls.item(), "loss_mmd": loss_mmd.item()}
+            history.append({**row, "source_holdout": holdout, "target": target})
+            log(history[-1])
+            if holdout > best[0]:  # the target is never asked
+                best = holdout, {name: p.detach().clone() for name, p in visual.named_parameters() if p.requires_grad}
             visual.train()
-            for _ in range(steps_per_epoch):
-                images, labels, domain = next(batches)
-                images, labels = images.to(args.device, non_blocking=True), labels.to(args.device, non_blocking=True)
-                record.clear()
-                with common.autocast(args.device, args.precision):
-                    embedding = visual(images)  # (B, D)
-                logits = logit_scale * F.normalize(embedding.float(), dim=-1) @ features.T  # (B, C)
-                loss_cls = F.cross_entropy(logits, labels)
-                loss_mmd = mmd_loss(record or [embedding], domain) if gated else None
-                route_gradients(scaler.scale(loss_cls), loss_mmd if loss_mmd is None else scaler.scale(loss_mmd), lora, gates, args.alpha)
-                scaler.step(optimizer)
-                scaler.update()
-                schedule.step()
-                bar.update()
-            if epoch % args.eval_every == 0 or epoch == args.epochs:
-                visual.eval()
-                holdout, target = (common.evaluate(classify, sets, args.device, workers=args.workers)["accuracy"] for sets in (split.holdout, split.target))
-                history.append({"mode": mode, "epoch": epoch, "loss_cls": loss_cls.item(), "loss_mmd": None if loss_mmd is None else loss_mmd.item(),
-                                "source_holdout": holdout, "target": target})  # fmt: skip
-                log(history[-1])
-                bar.set_postfix(loss=f"{loss_cls.item():.3f}", holdout=f"{holdout:.3f}")
-                if best is None or holdout > best[0]:  # the target is never asked
-                    best = holdout, {name: p.detach().clone() for name, p in visual.named_parameters() if p.requires_grad}
     visual.load_state_dict(best[1], strict=False)
-    result = {"checkpoints": common.checkpoint_accuracies(history), "gates": torch.stack([layer.gates().detach().cpu() for layer in layers]).tolist(),
-              "trainable_parameters": sum(p.numel() for p in lora + gates), "seconds": round(time.time() - start, 1)}  # fmt: skip
+    result = {
+        "checkpoints": common.checkpoint_accuracies(history),
+        "gates": [layer.gates().tolist() for layer in layers],
+        "trainable_parameters": sum(parameter.numel() for parameter in lora + gates),
+        "seconds": round(time.time() - start, 1),
+    }
     merge(visual).eval()
     return result
 
@@ -282,69 +334,65 @@ def plot_gates(gates: list, title: str, path) -> None:
     reach = max(0.05, (gates - 1).abs().max().item())
     figure, axes = plt.subplots(figsize=(1.8 + 0.55 * gates.shape[1], 1.4 + 0.45 * len(gates)), layout="constrained")
     image = axes.imshow(gates, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
-    for (layer, head), value in ((index, gates[index].item()) for index in itertools.product(*map(range, gates.shape))):
-        axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value - 1) > 0.6 * reach else "black")
-    axes.set(xlabel="head", ylabel="layer", title=title, xticks=range(gates.shape[1]), yticks=range(len(gates)))
-    axes.set_xticklabels(range(1, gates.shape[1] + 1))
-    axes.set_yticklabels(range(1, len(gates) + 1))
+    for layer, head in itertools.product(*map(range, gates.shape)):
+        value = gates[layer, head].item()
+        shade = "white" if abs(value - 1) > 0.6 * reach else "black"
+        axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=shade)
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    axes.set_xticks(range(gates.shape[1]), range(1, gates.shape[1] + 1))
+    axes.set_yticks(range(len(gates)), range(1, len(gates) + 1))
     figure.colorbar(image, label="gate (1: untouched)")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def run(args, target: str, seed: int, domains: list, clip: tuple) -> dict:
-    """Train and evaluate every mode for one target domain and one seed. Returns {mode: numbers}; writes the run's folder."""
+def run(args, target: str, seed: int, domains: list[common.Domain], clip: tuple) -> dict:
+    """Train and evaluate every mode for one target and one seed, write the run's folder. Returns {mode: numbers}."""
     model, preprocess, tokenizer = clip
-    augment = preprocess if args.dataset.startswith("tiny-") else common.image_transform(model, train=True)  # tiny images vary enough
+    # tiny images are drawn in so many poses that they need no augmentation
+    augment = preprocess if args.dataset.startswith("tiny-") else common.image_transform(model, train=True)
     split = common.leave_one_out(domains, target, preprocess, augment)
-    classes = domains[0].images.classes
-    features = common.class_features(model, tokenizer, classes, args.templates, args.device)
-    logit_scale, results, shown = model.logit_scale.exp().item(), {}, {}
+    class_names = domains[0].images.classes
+    features = common.class_features(model, tokenizer, class_names, args.templates, args.device)
+    logit_scale = model.logit_scale.exp().item()
     path = args.output / "headpurify" / f"{common.slug(args.dataset)}-{common.slug(target)}-seed{seed}"
-    with common.run_folder(path) as folder:
+
+    results = {}
+    with common.run_folder(path) as folder, (folder / "metrics.jsonl").open("w") as metrics:
         common.write_json(folder / "config.json", {**vars(args), "target": target, "seed": seed})
-        with (folder / "metrics.jsonl").open("w") as metrics:
-            log = lambda row: print(json.dumps(row), file=metrics, flush=True)  # noqa: E731
-            for mode in args.modes:
-                visual, result = copy.deepcopy(model.visual), {}
-                if mode != "zero-shot":
-                    result = train(visual, features, logit_scale, split, mode, args, seed, log)
-                classify = common.clip_classifier(visual, features, args.precision)
-                for name in ("holdout", "source", "target"):
-                    result[name] = common.evaluate(classify, getattr(split, name), args.device, workers=args.workers)
-                results[mode] = result
-                if mode == "zero-shot":
-                    print(f"zero-shot: source hold-out {common.percent([result['holdout']['accuracy']])} %, "
-                          f"target {target} {common.percent([result['target']['accuracy']])} %")  # fmt: skip
-                last, oracle = (common.percent([result["checkpoints"][key]]) if "checkpoints" in result else "" for key in ("last", "oracle"))
-                shown[mode] = [*(common.percent([result[name]["accuracy"]]) for name in ("holdout", "source", "target")), last, oracle]
-        exported = copy.copy(model)
-        exported._modules = {**model._modules, "visual": visual}
-        common.export_clip(exported, folder / "model", features, classes)
+        for mode in args.modes:
+            visual, result = copy.deepcopy(model.visual), {}
+            if mode != "zero-shot":
+                log = lambda row: print(json.dumps(row), file=metrics, flush=True)  # noqa: E731
+                result = train(visual, features, logit_scale, split, mode, args, seed, log)
+            classify = common.clip_classifier(visual, features, args.precision)
+            for part in ("holdout", "source", "target"):
+                result[part] = common.evaluate(classify, getattr(split, part), args.device, workers=args.workers)
+            results[mode] = result
+            holdout, reached = (common.percent([result[part]["accuracy"]]) for part in ("holdout", "target"))
+            print(f"{mode}: source hold-out {holdout} %, target {target} {reached} %", flush=True)
+        common.export_clip(model, folder / "model", features, class_names, visual)
         if "gates" in result:
             plot_gates(result["gates"], f"{args.dataset}, target {target}, {mode}", folder / "gates.png")
-        common.write_json(folder / "result.json", {"dataset": args.dataset, "target": target, "seed": seed, "modes": results})
-    cued = " (cued)" if args.dataset.startswith("tiny-") else ""
-    print()
-    print(common.format_table(f"{args.dataset}, seed {seed}, %", [f"source hold-out{cued}", "source", f"target {target}", "last", "oracle"], shown))
-    print("target: checkpoint chosen on the source hold-out; last and oracle: target accuracy of the last and of the best checkpoint "
-          "(the oracle peeks at the target: for comparison only)")  # fmt: skip
-    print(f"stored in {path}/\n")
+        common.write_json(folder / "result.json", {"target": target, "seed": seed, "modes": results})
+    print(f"\n{common.run_table(f'{args.dataset}, target {target}, seed {seed}, %', results)}\nstored in {path}/\n")
     return results
 
 
 def main():
     args = settings()
-    print(f"data {args.dataset} (from {args.data_root if not args.dataset.startswith('tiny-') else 'our own drawing'}), "
-          f"model {args.model}, device {args.device}, {args.precision}")  # fmt: skip
-    runs = []
-    clip = None
+    place = "drawn here" if args.dataset.startswith("tiny-") else f"from {args.data_root}"
+    print(f"data {args.dataset} ({place}), model {args.model}, device {args.device}, {args.precision}", flush=True)
+    runs, clip = [], None
     for seed in args.seeds:
         domains = common.load_domains(args.dataset, args.data_root, seed, args.cue)
         targets = common.choose_targets(args.target, [domain.name for domain in domains])
+        sizes = ", ".join(f"{domain.name} {len(domain.images)}" for domain in domains)
+        print(f"images: {sizes}; {len(domains[0].images.classes)} classes", flush=True)
         clip = clip or common.load_clip(args.model, args.pretrained, args.device)
-        print(", ".join(f"{domain.name} {len(domain.images)}" for domain in domains), f"images of {len(domains[0].images.classes)} classes")
-        runs += [{"target": target, "seed": seed, "modes": run(args, target, seed, domains, clip)} for target in targets]
+        runs += [
+            {"target": target, "seed": seed, "modes": run(args, target, seed, domains, clip)} for target in targets
+        ]
     if len(runs) > 1:
         print(common.summary_table(f"{args.dataset}, target accuracy, %", args.modes, runs))
     if args.summary:

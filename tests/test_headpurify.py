@@ -1,0 +1,245 @@
+"""Head purification against explicit loops, finite differences and the equality of two ways."""
+
+import copy
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import headpurify
+from headpurify import HeadPurifiedAttention, merge, purify
+
+
+def small_vit(heads=12, width=48, layers=4):
+    """A random open_clip CLIP whose image tower has 12 heads, as ViT-B has."""
+    torch.manual_seed(0)
+    return (
+        open_clip.CLIP(
+            32,
+            {"image_size": 32, "patch_size": 8, "width": width, "layers": layers, "head_width": width // heads},
+            {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1},
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+def tower(name):
+    return copy.deepcopy((common.load_clip("tiny")[0] if name == "tiny" else small_vit()).visual)
+
+
+def randomize(layers, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in [*layer.lora_parameters(), layer.gate_logits]:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+@pytest.mark.parametrize("name", ["tiny", "12 heads"])
+def test_purified_starts_as_the_pretrained_tower(name):
+    visual, images = tower(name), torch.randn(3, 3, 32, 32)
+    before = visual(images)
+    layers = purify(visual)
+    assert [layer.rank for layer in layers] == [2] * (len(layers) - 2) + [8, 8]
+    assert torch.allclose(visual(images), before, atol=1e-6)
+    for layer in layers:
+        assert torch.equal(layer.gates(), torch.ones(layer.mha.num_heads))
+
+
+@pytest.mark.parametrize("name", ["tiny", "12 heads"])
+@pytest.mark.parametrize("head_aware, gated", [(True, True), (False, True), (True, False)])
+def test_merged_equals_unmerged_after_training_steps(name, head_aware, gated):
+    visual = tower(name)
+    layers = purify(visual, head_aware=head_aware, gated=gated)
+    trained = [p for p in visual.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for step in range(5):
+        images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        loss = F.normalize(visual(images), dim=-1)[:, :3].square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images = torch.randn(4, 3, 32, 32)
+    unmerged = F.normalize(visual(images), dim=-1)
+    moved = (unmerged - F.normalize(tower(name)(images), dim=-1)).abs().max()
+    assert moved > 1e-3  # the steps did something
+    if gated:
+        assert all(layer.gates().sum().item() == pytest.approx(layer.mha.num_heads, rel=1e-5) for layer in layers)
+        assert any((layer.gates() - 1).abs().max() > 1e-3 for layer in layers)
+    merged = merge(visual)
+    assert all(type(block.attn) is nn.MultiheadAttention for block in merged.transformer.resblocks)
+    assert torch.allclose(F.normalize(merged(images), dim=-1), unmerged, atol=1e-5)
+
+
+def loop_over_heads(layer: HeadPurifiedAttention, z):
+    """The paper's formulas, one head and one token row at a time; row vectors, z @ W."""
+    mha, H, d = layer.mha, layer.mha.num_heads, layer.mha.head_dim
+    D = H * d
+    w_q, w_k, w_v = (w.T for w in mha.in_proj_weight.split(D))  # (D, D), y = z @ W
+    b_q, b_k, b_v = mha.in_proj_bias.split(D)
+    gates = H * torch.exp(layer.gate_logits) / torch.exp(layer.gate_logits).sum()
+    outputs = []
+    for i in range(H):
+        own = slice(i * d, (i + 1) * d)
+        down_q, down_v = (down[i if len(down) > 1 else 0] for down in (layer.down_q, layer.down_v))
+        q = z @ (w_q[:, own] + layer.scale * down_q @ layer.up_q[i]) + b_q[own]
+        k = z @ w_k[:, own] + b_k[own]
+        v = z @ (w_v[:, own] + layer.scale * down_v @ layer.up_v[i]) + b_v[own]
+        attention = torch.softmax(q @ k.transpose(1, 2) / d**0.5, dim=-1)
+        outputs.append(gates[i] * (attention @ v))
+    return torch.cat(outputs, -1) @ mha.out_proj.weight.T + mha.out_proj.bias
+
+
+@pytest.mark.parametrize("head_aware", [True, False])
+def test_against_a_loop_over_heads(head_aware):
+    torch.manual_seed(1)
+    layer = HeadPurifiedAttention(
+        nn.MultiheadAttention(24, 6, batch_first=True).double(), rank=3, head_aware=head_aware, scale=0.7
+    )
+    randomize([layer])
+    z = torch.randn(2, 5, 24, dtype=torch.float64)
+    assert layer.down_q.shape == (6 if head_aware else 1, 24, 3) and layer.up_q.shape == (6, 3, 4)
+    assert torch.allclose(layer(z)[0], loop_over_heads(layer, z), atol=1e-12)
+
+
+def test_conventional_lora_is_one_shared_matrix_product():
+    torch.manual_seed(2)
+    mha = nn.MultiheadAttention(24, 6, batch_first=True).double()
+    layer = HeadPurifiedAttention(mha, rank=3, head_aware=False, gated=False, scale=0.5)
+    randomize([layer])
+    layer.gate_logits.data.zero_()
+    plain = copy.deepcopy(mha)
+    with torch.no_grad():
+        for block, (down, up) in zip((0, 2), ((layer.down_q, layer.up_q), (layer.down_v, layer.up_v))):
+            shared_a = torch.cat(list(up), dim=1)  # A (r, D)
+            plain.in_proj_weight[block * 24 : (block + 1) * 24] += 0.5 * (down[0] @ shared_a).T
+    z = torch.randn(2, 5, 24, dtype=torch.float64)
+    assert torch.allclose(layer(z)[0], plain(z, z, z, need_weights=False)[0], atol=1e-12)
+
+
+def test_ha_lora_with_equal_down_projections_is_lora():
+    torch.manual_seed(3)
+    mha = nn.MultiheadAttention(24, 6, batch_first=True).double()
+    aware, shared = (HeadPurifiedAttention(mha, 2, head_aware=value) for value in (True, False))
+    randomize([shared])
+    with torch.no_grad():
+        for name in ("q", "v"):
+            getattr(aware, f"down_{name}").copy_(getattr(shared, f"down_{name}").expand(6, -1, -1))
+            getattr(aware, f"up_{name}").copy_(getattr(shared, f"up_{name}"))
+        aware.gate_logits.copy_(shared.gate_logits)
+    z = torch.randn(2, 5, 24, dtype=torch.float64)
+    assert torch.allclose(aware(z)[0], shared(z)[0], atol=1e-12)
+
+
+@pytest.fixture
+def purified_batch():
+    """A small purified tower in float64 with a batch of three domains; returns a function that computes both losses."""
+    model = small_vit(heads=3, width=12, layers=2).double()
+    visual = model.visual
+    layers = purify(visual, rank=2, last_rank=2)
+    randomize(layers)
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(9, 3, 32, 32, generator=generator, dtype=torch.float64)
+    features = F.normalize(torch.randn(4, 32, generator=generator, dtype=torch.float64), dim=-1)
+    labels, domain = torch.arange(9) % 4, torch.arange(3).repeat_interleave(3)
+
+    def losses(where="output"):
+        with headpurify.recorded_features(visual, where) as record:
+            embedding = visual(images)
+        logits = 10 * F.normalize(embedding, dim=-1) @ features.T
+        compared = [F.normalize(f, dim=-1) for f in (record or [embedding])]
+        mmd = torch.stack(
+            [
+                common.mmd2(f[domain == a], f[domain == b], [0.3, 1.0])
+                for f in compared
+                for a, b in ((0, 1), (0, 2), (1, 2))
+            ]
+        ).mean()
+        return F.cross_entropy(logits, labels), mmd
+
+    return [p for layer in layers for p in layer.lora_parameters()], [layer.gate_logits for layer in layers], losses
+
+
+@pytest.mark.parametrize("where", ["output", "layers", "heads"])
+def test_gradient_routing(purified_batch, where):
+    lora, gates, losses = purified_batch
+    headpurify.route_gradients(*losses(where), lora, gates, alpha=0.7)
+    with_mmd = [p.grad.clone() for p in lora]
+    gate_gradients = [p.grad.clone() for p in gates]
+    headpurify.route_gradients(losses(where)[0], None, lora, gates, alpha=0.7)
+    assert all(torch.equal(p.grad, g) for p, g in zip(lora, with_mmd))  # L_MMD never reaches the low-rank factors
+    assert any(
+        not torch.allclose(p.grad, g, rtol=1e-3) for p, g in zip(gates, gate_gradients)
+    )  # it does reach the gates
+
+    eps = 1e-6
+    for parameter, gradient in zip(gates, gate_gradients):
+        for i in range(len(parameter)):
+            values = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    parameter[i] += sign * eps
+                    classification, mmd = losses(where)
+                    values.append((classification + 0.7 * mmd).item())
+                    parameter[i] -= sign * eps
+            assert gradient[i].item() == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-5, abs=1e-8)
+
+
+def test_mmd_loss_averages_over_pairs_and_features():
+    generator = torch.Generator().manual_seed(8)
+    first, second = (torch.randn(6, 5, generator=generator) for _ in range(2))
+    domain = torch.tensor([0, 0, 1, 1, 2, 2])
+    unit = [F.normalize(f, dim=-1) for f in (first, second)]
+    expected = (
+        sum(common.mmd2(f[2 * a : 2 * a + 2], f[2 * b : 2 * b + 2]) for f in unit for a, b in ((0, 1), (0, 2), (1, 2)))
+        / 6
+    )
+    assert headpurify.mmd_loss([first, second], domain).item() == pytest.approx(expected.item(), rel=1e-6)
+    with pytest.raises(common.InputError, match="two are needed"):
+        headpurify.mmd_loss([first], torch.zeros(6, dtype=torch.long))
+
+
+def test_parameter_count_of_vit_b16_by_hand():
+    """12 heads, D = 768, d = 64: per layer 2 (12 * 768 r + 12 r 64) low-rank numbers and 12 gates."""
+    mha = nn.MultiheadAttention(768, 12, batch_first=True)
+    layers = [HeadPurifiedAttention(copy.deepcopy(mha), rank) for rank in [2] * 10 + [8] * 2]
+    count = sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+    assert count == (10 * 2 + 2 * 8) * 2 * (12 * 768 + 12 * 64) + 12 * 12
+    shared = HeadPurifiedAttention(mha, 8, head_aware=False, gated=False)
+    assert sum(p.numel() for p in shared.parameters() if p.requires_grad) == 8 * 2 * (768 + 768)
+
+
+def test_other_towers_are_refused():
+    resnet = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(common.InputError, match="Sequential"):
+        purify(resnet)
+    with pytest.raises(ValueError, match="rank"):
+        HeadPurifiedAttention(nn.MultiheadAttention(8, 2, batch_first=True), -1)
+    with pytest.raises(ValueError, match="batch_first"):
+        HeadPurifiedAttention(nn.MultiheadAttention(8, 2), 1)
+
+
+def test_export_is_a_plain_open_clip_model(tmp_path):
+    """Loaded with open_clip and numpy alone, the exported tiny CLIP has the accuracy that the purified one had."""
+    model, preprocess, tokenizer = common.load_clip("tiny")
+    domain = common.tiny_domain("tiny-pacs", "cartoon", 11, 0.4).balanced
+    images, labels = preprocess(domain.images[::4]), domain.labels[::4]
+    features = common.class_features(model, tokenizer, domain.classes)
+    randomize(purify(model.visual))
+    purified = (F.normalize(model.visual(images), dim=-1) @ features.T).argmax(1)
+    merge(model.visual)
+    common.export_clip(model, tmp_path / "model", features, domain.classes)
+
+    plain = open_clip.create_model(f"local-dir:{tmp_path / 'model'}").eval()
+    scores = (
+        plain.encode_image(images, normalize=True).detach().numpy()
+        @ np.load(tmp_path / "model" / "class_features.npy").T
+    )
+    assert json.loads((tmp_path / "model" / "classes.json").read_text()) == list(domain.classes)
+    assert (scores.argmax(1) == labels.numpy()).mean() == (purified == labels).double().mean().item()
