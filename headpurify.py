@@ -166,7 +166,7 @@ class HeadPurifiedAttention(nn.Module):
         return weight + self.scale * torch.cat([q, torch.zeros_like(q), v])
 
     def forward(self, z, key=None, value=None, need_weights=False, attn_mask=None):
-        """z (B, N, D) -> ((B, N, D), None); called by open_clip's ResidualAttentionBlock like `nn.MultiheadAttention`."""
+        """z (B, N, D) -> ((B, N, D), None); called by open_clip's blocks like `nn.MultiheadAttention`."""
         B, N, D = z.shape
         qkv = F.linear(z, self.in_projection(), self.mha.in_proj_bias)
         q, k, v = qkv.view(B, N, 3, self.mha.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
