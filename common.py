@@ -486,7 +486,7 @@ def load_tiny_waterbirds(seed: int = 0, cue: float = 0.95, sizes=(2000, 400, 800
     return splits
 
 
-def load_tiny_mnist_cifar(seed: int = 0, sizes=(3000, 600, 1200), noise: float = 0.12) -> dict[str, ImageSet]:
+def load_tiny_mnist_cifar(seed: int = 0, sizes=(3000, 600, 1200), noise: float = 0.08) -> dict[str, ImageSet]:
     """A digit above a vehicle, 32 x 16 pixels. The vehicle (car 0, truck 1) is the label; the digit (0 or 1) agrees with it
     in 90 % of the images of train, val_id and test_id and in 50 % of val_ood and test_ood. Groups: 2 * vehicle + digit."""
     splits = {}
@@ -498,7 +498,7 @@ def load_tiny_mnist_cifar(seed: int = 0, sizes=(3000, 600, 1200), noise: float =
         shrink = lambda pixels: F.avg_pool2d(torch.as_tensor(pixels, dtype=torch.float32), 2)  # noqa: E731
         top = shrink(trace([("digit 0", "digit 1")[i] for i in digits], PRETRAINING_POSE, 4, rng)[2])[:, None].expand(-1, 3, -1, -1)
         kinds, colors = rng.choice(list(BACKGROUNDS), size), rng.choice(list(COLORS), size)
-        bottom = shrink(draw([("car", "truck")[i] for i in vehicles], "photo", kinds, colors, rng)) / 255  # (N, 3, 16, 16)
+        bottom = shrink(draw([("car", "truck")[i] for i in vehicles], "photo", kinds, colors, rng, PRETRAINING_POSE)) / 255  # (N, 3, 16, 16)
         pixels = torch.cat([top, bottom], 2) + noise * torch.from_numpy(rng.standard_normal((size, 3, SIDE, SIDE // 2)))
         splits[split] = ImageSet((255 * pixels).clamp(0, 255).to(torch.uint8), torch.from_numpy(vehicles), ("car", "truck"),
                                  torch.from_numpy(2 * vehicles + digits))  # fmt: skip
