@@ -18,6 +18,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import logging
 import random
 import re
 import shutil
@@ -653,12 +654,15 @@ def load_clip(name: str = "tiny", pretrained: str | None = None, device: str | t
             if pretrained not in tags and not Path(pretrained).is_file():
                 raise InputError(f"--pretrained {pretrained!r} is neither a file nor a tag of {name}; its tags are: {', '.join(tags)}")
             quick_gelu = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
+        logging.disable(logging.ERROR)  # a failing download would say the same thirty times
         try:
             model = open_clip.create_model(name, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
             config["model_cfg"] = open_clip.get_model_config(name)
         except Exception as error:  # a hub, a file system and a deserialiser can each fail in their own ways
             raise InputError(f"cannot load the weights of {name} ({pretrained or 'its folder'}): {str(error).splitlines()[0]}\n"
                              "  Offline? Give a checkpoint file with --pretrained FILE, or use the shipped --model tiny.") from error  # fmt: skip
+        finally:
+            logging.disable(logging.NOTSET)
         config["model_cfg"]["quick_gelu"] = quick_gelu or config["model_cfg"].get("quick_gelu", False)
         config["preprocess_cfg"] = open_clip.get_model_preprocess_cfg(model)
         if name.startswith("local-dir:"):
@@ -842,8 +846,9 @@ def set_seed(seed: int) -> None:
 
 
 def did_you_mean(wrong: str, names) -> str:
-    close = difflib.get_close_matches(wrong.lower(), list(names), n=1)
-    return f" (did you mean {close[0]!r}?)." if close else "."
+    names = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(wrong.lower(), names, n=1)
+    return f" (did you mean {names[close[0]]!r}?)." if close else "."
 
 
 def choose_targets(text: str, names: list[str]) -> list[str]:

@@ -45,49 +45,24 @@ MODES = {
 
 def settings() -> argparse.Namespace:
     parser = common.common_flags(__doc__)
-    group = parser.add_argument_group("attention head purification")
-    group.add_argument(
-        "--modes",
-        nargs="+",
-        choices=MODES,
-        default=["zero-shot", "lora", "ha-lora+dig"],
-        help="what to train and compare; the last one is exported (default: zero-shot lora ha-lora+dig)",
-    )
-    group.add_argument(
-        "--rank", type=int, default=2, help="rank in all layers but the last two (default: 2, implementation details)"
-    )
-    group.add_argument(
-        "--last-rank", type=int, default=8, help="rank in the last two layers (default: 8, implementation details)"
-    )
-    group.add_argument(
-        "--scale", type=float, default=1.0, help="s, the weight of the low-rank update (default: 1, our choice)"
-    )
-    group.add_argument(
-        "--alpha", type=float, default=1.0, help="weight of L_MMD for the gates (default: 1, our choice)"
-    )
-    group.add_argument(
-        "--mmd-at",
-        choices=("output", "layers", "heads"),
-        default="output",
-        help="features that L_MMD compares: the encoder's output, the CLS token after every layer, "
-        "or the gated heads of the CLS token (default: output, our choice)",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--batch-size", type=int, default=12, help="images per source domain in a step (default: 12, as published)"
-    )
-    training.add_argument(
-        "--epochs", type=int, help="passes over the sources (default: 40 as published, 4 on tiny data)"
-    )
-    training.add_argument(
-        "--lr", type=float, help="of the low-rank factors (default: 5e-4, 3e-3 on tiny data, our choice)"
-    )
-    training.add_argument("--gate-lr", type=float, help="of the gates (default: 5e-3, 2e-2 on tiny data, our choice)")
-    training.add_argument(
-        "--weight-decay", type=float, default=0.01, help="AdamW, on the low-rank factors (default: 0.01, our choice)"
-    )
-    training.add_argument("--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)")
-    training.add_argument("--summary", type=Path, help="also write the numbers of all runs to this JSON file")
+    method = parser.add_argument_group("attention head purification").add_argument
+    method("--modes", nargs="+", choices=MODES, default=["zero-shot", "lora", "ha-lora+dig"],
+           help="what to compare; the last one is exported (default: zero-shot lora ha-lora+dig)")  # fmt: skip
+    method("--rank", type=int, default=2, help="in all layers but the last two (default: 2, published)")
+    method("--last-rank", type=int, default=8, help="in the last two layers (default: 8, published)")
+    method("--scale", type=float, default=1.0, help="s, weight of the low-rank updates (default: 1, our choice)")
+    method("--alpha", type=float, default=1.0, help="weight of L_MMD for the gates (default: 1, our choice)")
+    method("--mmd-at", choices=("output", "layers", "heads"), default="output",
+           help="what L_MMD compares: the encoder's output, the CLS token after every layer, or its gated heads "
+           "(default: output, our choice)")  # fmt: skip
+    training = parser.add_argument_group("training").add_argument
+    training("--batch-size", type=int, default=12, help="images per source domain in a step (default: 12, published)")
+    training("--epochs", type=int, help="passes over the sources (default: 40, published; 4 with the tiny CLIP)")
+    training("--lr", type=float, help="of low-rank factors (default: 5e-4; 3e-3 with the tiny CLIP, our choice)")
+    training("--gate-lr", type=float, help="of gates (default: 5e-3; 2e-2 with the tiny CLIP, our choice)")
+    training("--weight-decay", type=float, default=0.01, help="of low-rank factors (default: 0.01, our choice)")
+    training("--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)")
+    training("--summary", type=Path, help="also write the numbers of all runs to this JSON file")
     args = common.settle(parser.parse_args())
     tiny = args.model == "tiny"
     args.epochs = (4 if tiny else 40) if args.epochs is None else args.epochs
@@ -129,12 +104,7 @@ class HeadPurifiedAttention(nn.Module):
         super().__init__()
         if rank < 0:
             raise ValueError(f"rank must be >= 0, got {rank}")
-        if (
-            not isinstance(mha, nn.MultiheadAttention)
-            or not mha.batch_first
-            or mha.in_proj_weight is None
-            or mha.bias_k is not None
-        ):
+        if not isinstance(mha, nn.MultiheadAttention) or not mha.batch_first or mha.in_proj_weight is None:
             raise ValueError(f"need a batch_first nn.MultiheadAttention with one in_proj_weight, got {mha}")
         self.mha = mha.requires_grad_(False)
         self.rank, self.scale = rank, scale
@@ -186,9 +156,8 @@ class HeadPurifiedAttention(nn.Module):
 def blocks(visual: nn.Module):
     """The attention blocks of an open_clip ViT image tower. Raises InputError for a tower without them."""
     found = getattr(getattr(visual, "transformer", None), "resblocks", [None])
-    if not all(
-        isinstance(getattr(block, "attn", None), (nn.MultiheadAttention, HeadPurifiedAttention)) for block in found
-    ):
+    kinds = (nn.MultiheadAttention, HeadPurifiedAttention)
+    if not all(isinstance(getattr(block, "attn", None), kinds) for block in found):
         raise common.InputError(
             f"head purification needs a ViT of ResidualAttentionBlocks with nn.MultiheadAttention, not a "
             f"{type(visual).__name__}; use tiny, ViT-B-32, ViT-B-16 or ViT-L-14"

@@ -175,6 +175,13 @@ def test_wrong_flag_is_one_clear_error(checkout, arguments, words):
     assert not list(checkout.glob("runs/**/*"))[1:]
 
 
+def test_weights_that_cannot_be_downloaded(checkout, pacs_tree, tmp_path):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = call(f"headpurify.py --dataset pacs --data-root {pacs_tree}", checkout, **offline)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot load the weights of ViT-B-16 (openai)")
+    assert "--pretrained FILE" in done.stderr and len(done.stderr.splitlines()) == 2
+
+
 def test_empty_folder(checkout, tmp_path):
     (tmp_path / "empty").mkdir()
     done = call(f"headpurify.py --dataset folder:{tmp_path / 'empty'}", checkout)

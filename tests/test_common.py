@@ -212,7 +212,7 @@ def test_exported_quickgelu_model_keeps_its_activation(small_open_clip, tmp_path
 @pytest.mark.parametrize(
     "name, pretrained, message",
     [
-        ("ViT-B-61", None, "did you mean 'vit-b-16'|unknown model 'ViT-B-61'"),
+        ("ViT-B/16", None, "unknown model 'ViT-B/16' .did you mean 'ViT-B-16'"),
         ("ViT-B-32", "opneai", "neither a file nor a tag"),
         ("local-dir:nowhere", None, "nowhere"),
     ],
