@@ -610,6 +610,7 @@ class WordTokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
+
 def image_transform(model, train: bool = False):
     """The model's own preprocessing (open_clip's, written with transforms that take PIL images and uint8 batches alike).
 
@@ -823,6 +824,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     tiny = args.dataset.startswith("tiny-")
     args.model = args.model or ("tiny" if tiny else "ViT-B-16")
     args.workers = (0 if tiny else 4) if args.workers is None else args.workers
+    if min(args.seeds) < 0:
+        raise InputError(f"--seeds must be 0 or more, got {min(args.seeds)}")
     try:
         args.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     except RuntimeError:
