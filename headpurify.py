@@ -241,7 +241,7 @@ def train(visual, features, logit_scale: float, split: common.Split, mode: str, 
     Returns: target accuracy of three checkpoints, gates (layers, heads), number of trainable parameters, seconds.
     """
     use_lora, head_aware, gated = MODES[mode]
-    common.set_seed(seed)
+    torch.manual_seed(seed)
     ranks = (args.rank, args.last_rank) if use_lora else (0, 0)
     layers = purify(visual, *ranks, head_aware=head_aware, gated=gated, scale=args.scale)
     lora = [parameter for layer in layers for parameter in layer.lora_parameters()]
