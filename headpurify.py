@@ -59,7 +59,7 @@ def settings() -> argparse.Namespace:
     training("--batch-size", type=int, default=12, help="images per source domain in a step (default: 12, published)")
     training("--epochs", type=int, help="passes over the sources (default: 40, published; 4 with the tiny CLIP)")
     training("--lr", type=float, help="of low-rank factors (default: 5e-4; 3e-3 with the tiny CLIP, our choice)")
-    training("--gate-lr", type=float, help="of gates (default: 5e-3; 2e-2 with the tiny CLIP, our choice)")
+    training("--gate-lr", type=float, default=5e-3, help="of gates (default: 5e-3, our choice)")
     training("--weight-decay", type=float, default=0.01, help="of low-rank factors (default: 0.01, our choice)")
     training("--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)")
     training("--summary", type=Path, help="also write the numbers of all runs to this JSON file")
@@ -67,7 +67,6 @@ def settings() -> argparse.Namespace:
     tiny = args.model == "tiny"
     args.epochs = (4 if tiny else 40) if args.epochs is None else args.epochs
     args.lr = (3e-3 if tiny else 5e-4) if args.lr is None else args.lr
-    args.gate_lr = (2e-2 if tiny else 5e-3) if args.gate_lr is None else args.gate_lr
     for name in ("rank", "last_rank", "batch_size", "epochs", "eval_every"):
         if getattr(args, name) < 1:
             hint = "; --modes dig trains gates without low-rank updates" if "rank" in name else ""
