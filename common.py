@@ -802,7 +802,7 @@ def common_flags(description: str) -> argparse.ArgumentParser:
                       help="tiny data: how often a training image stands on its class's own background (default: 0.4)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="tiny, an open_clip name, hf-hub:... or local-dir:... (default: tiny for tiny data, else ViT-B-16)")
-    model.add_argument("--pretrained", help="open_clip tag or checkpoint file (default: openai)")
+    model.add_argument("--pretrained", help="open_clip tag or checkpoint file (default: openai; for OpenAI's weights in a file: --model NAME-quickgelu)")
     model.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, averaged (default: 'a photo of a {}.')")
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0], help="one run each (default: 0)")
