@@ -884,7 +884,7 @@ def run_folder(path: Path):
 
 
 def write_json(path: Path, value) -> None:
-    Path(path).write_text(json.dumps(value, indent=1, default=str) + "\n")
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
 def percent(values: list[float]) -> str:

@@ -8,7 +8,8 @@ After training both are folded into the weights: the result is a plain CLIP of t
     python headpurify.py                                    # tiny-pacs, target sketch, CPU, under two minutes
     python headpurify.py --dataset pacs --target all --seeds 0 1 2
 
-What the paper leaves open is marked [choice]. Row vectors as in the paper: a token is a row z, a layer computes z @ W.
+What the paper leaves open is called "our choice" in --help and explained in the README.
+Row vectors as in the paper: a token is a row z, a layer computes z @ W.
 """
 
 from __future__ import annotations
@@ -314,14 +315,12 @@ def plot_gates(gates: list, title: str, path) -> None:
     plt.close(figure)
 
 
-def run(args, target: str, seed: int, domains: list[common.Domain], clip: tuple) -> dict:
+def run(args, target: str, seed: int, domains: list[common.Domain], model, preprocess, features) -> dict:
     """Train and evaluate every mode for one target and one seed, write the run's folder. Returns {mode: numbers}."""
-    model, preprocess, tokenizer = clip
     # tiny images are drawn in so many poses that they need no augmentation
     augment = preprocess if args.dataset.startswith("tiny-") else common.image_transform(model, train=True)
     split = common.leave_one_out(domains, target, preprocess, augment)
     class_names = domains[0].images.classes
-    features = common.class_features(model, tokenizer, class_names, args.templates, args.device)
     logit_scale = model.logit_scale.exp().item()
     path = args.output / "headpurify" / f"{common.slug(args.dataset)}-{common.slug(target)}-seed{seed}"
 
@@ -351,16 +350,18 @@ def main():
     args = settings()
     place = "drawn here" if args.dataset.startswith("tiny-") else f"from {args.data_root}"
     print(f"data {args.dataset} ({place}), model {args.model}, device {args.device}, {args.precision}", flush=True)
-    runs, clip = [], None
+    runs, model = [], None
     for seed in args.seeds:
         domains = common.load_domains(args.dataset, args.data_root, seed, args.cue)
-        targets = common.choose_targets(args.target, [domain.name for domain in domains])
+        targets, class_names = common.choose_targets(args.target, [d.name for d in domains]), domains[0].images.classes
         sizes = ", ".join(f"{domain.name} {len(domain.images)}" for domain in domains)
-        print(f"images: {sizes}; {len(domains[0].images.classes)} classes", flush=True)
-        clip = clip or common.load_clip(args.model, args.pretrained, args.device)
-        runs += [
-            {"target": target, "seed": seed, "modes": run(args, target, seed, domains, clip)} for target in targets
-        ]
+        print(f"images: {sizes}; {len(class_names)} classes", flush=True)
+        if model is None:  # after the data: a missing data set is said before weights are fetched
+            model, preprocess, tokenizer = common.load_clip(args.model, args.pretrained, args.device)
+            features = common.class_features(model, tokenizer, class_names, args.templates, args.device)
+        for target in targets:
+            results = run(args, target, seed, domains, model, preprocess, features)
+            runs.append({"target": target, "seed": seed, "modes": results})
     if len(runs) > 1:
         print(common.summary_table(f"{args.dataset}, target accuracy, %", args.modes, runs))
     if args.summary:
