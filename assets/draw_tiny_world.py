@@ -10,6 +10,7 @@ import matplotlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+from assets import tiny_world  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -18,7 +19,7 @@ names = (*common.OFFICE_CLASSES, *common.WATERBIRD_CLASSES)
 figure, axes = plt.subplots(8, len(names), figsize=(len(names) * 1.0, 8 * 1.06))
 for row, domain in enumerate(("photo", "art_painting", "cartoon", "sketch")):
     rng = common.tiny_rng(1000, "contact sheet", domain)
-    for again, pose in enumerate((common.PRETRAINING_POSE, common.TASK_POSE)):
+    for again, pose in enumerate((common.PRETRAINING_POSE, tiny_world.TASK_POSE)):
         grounds = [list(common.BACKGROUNDS)[(i + 3 * again) % 8] for i in range(len(names))]
         images = common.draw(names, domain, grounds, rng.choice(list(common.COLORS), len(names)), rng, pose)
         for column, pixels in enumerate(images):

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+from assets import tiny_world  # noqa: E402
 
 CONTEXT = 20  # room for 16 learnt context vectors, a class name and the end token
 MODEL_CONFIG = {
@@ -136,7 +137,7 @@ def main():
     weights = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})  # judge what is stored
     final = {name: zero_shot_table(model, tokenizer, preprocess, 3200, args.seed + 1, device, pose)
-             for name, pose in (("pretraining pose", common.PRETRAINING_POSE), ("task pose", common.TASK_POSE))}  # fmt: skip
+             for name, pose in (("pretraining pose", common.PRETRAINING_POSE), ("task pose", tiny_world.TASK_POSE))}  # fmt: skip
     print("zero-shot over 16 classes:", json.dumps(final))
     metadata = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG, "vocabulary": common.TINY_VOCABULARY,
                 "training": {**vars(args), "output": None, "domain_share": DOMAIN_SHARE, "seconds": round(time.time() - start)},

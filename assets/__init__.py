@@ -1,0 +1,1 @@
+"""The shipped tiny CLIP and the world it was pretrained on."""
