@@ -1,3 +1,9 @@
+"""Helpers of several test files: a command run as a user runs it, and generated trees in the layouts of real data sets."""
+
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +16,34 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(scope="session")
 def root():
     return ROOT
+
+
+def call(arguments, cwd, **environment):
+    command = [sys.executable, *(arguments.split() if isinstance(arguments, str) else arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.fixture
+def checkout(root, tmp_path):
+    """A copy of what a user has after cloning."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for file in (root / "README.md", *root.glob("*.py")):
+        shutil.copy(file, copy)
+    shutil.copytree(root / "assets", copy / "assets")
+    return copy
+
+
+def readme_commands(root):
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (root / "README.md").read_text(), re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def readme_script(root, command):
+    """Arguments for `call` of a command that the README has word for word; CI has run its `pip install` part."""
+    assert command in readme_commands(root)
+    return command.split("python ")[-1]
 
 
 @pytest.fixture

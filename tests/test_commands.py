@@ -1,46 +1,16 @@
 """The README's commands as they stand, and what a user meets who gives something wrong."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import open_clip
 import pytest
 import torch
+from conftest import call, readme_commands, readme_script
 from PIL import Image
 
 import common
-
-
-def call(arguments, cwd, **environment):
-    command = [sys.executable, *(arguments.split() if isinstance(arguments, str) else arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
-
-
-@pytest.fixture
-def checkout(root, tmp_path):
-    """A copy of what a user has after cloning."""
-    copy = tmp_path / "checkout"
-    copy.mkdir()
-    for name in ("README.md", "common.py", "headpurify.py"):
-        shutil.copy(root / name, copy)
-    shutil.copytree(root / "assets", copy / "assets")
-    return copy
-
-
-def readme_commands(root):
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (root / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
-
-
-def readme_script(root, command):
-    """Arguments for `call` of a command that the README has word for word; CI has run its `pip install` part."""
-    assert command in readme_commands(root)
-    return command.split("python ")[-1]
 
 
 def test_readme_names_the_test_command(root):
