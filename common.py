@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import difflib
 import hashlib
 import json
@@ -34,7 +35,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 from torchvision.transforms import v2
 
 from assets.tiny_world import (
@@ -46,6 +47,7 @@ from assets.tiny_world import (
     SIDE,
     TINY_DOMAINS,
     WATERBIRD_CLASSES,
+    Pose,
     draw,
     tiny_rng,
     trace,
@@ -191,8 +193,7 @@ def read_image(path: str) -> Image.Image:
 
 def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
     """Draw one domain of a tiny benchmark: its cued training part and its balanced part, from separate random streams."""
-    if not 0 <= cue <= 1:
-        raise InputError(f"--cue is a probability between 0 and 1, got {cue}")
+    check_cue(cue)
     classes, training_size, balanced_size = TINY_BENCHMARKS[name]
     own = np.arange(len(classes)) % len(BACKGROUNDS)  # the background that goes with each class
 
@@ -206,6 +207,11 @@ def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
     return Domain(domain, cued, draw_set(classes, labels, domain, np.arange(len(labels)) % len(BACKGROUNDS), own, rng))
 
 
+def check_cue(cue: float) -> None:
+    if not 0 <= cue <= 1:
+        raise InputError(f"--cue is a probability between 0 and 1, got {cue}")
+
+
 def draw_set(classes, labels, domain, grounds, own, rng) -> ImageSet:
     """Things `classes[labels]` on backgrounds number `grounds`; group 1 is where the background is the class's own."""
     names, kinds = [classes[i] for i in labels], [list(BACKGROUNDS)[i] for i in grounds]
@@ -216,6 +222,7 @@ def draw_set(classes, labels, domain, grounds, own, rng) -> ImageSet:
 def load_tiny_waterbirds(seed: int = 0, cue: float = 0.95, sizes=(2000, 400, 800)) -> dict[str, ImageSet]:
     """Land- and waterbirds (photos) on land and water: train (place goes with the bird with probability `cue`), val and test
     (all four groups alike). Groups: 2 * bird + place."""
+    check_cue(cue)
     splits = {}
     for split, size in zip(("train", "val", "test"), sizes):
         rng = tiny_rng(seed, "tiny-waterbirds", split)
@@ -228,22 +235,99 @@ def load_tiny_waterbirds(seed: int = 0, cue: float = 0.95, sizes=(2000, 400, 800
     return splits
 
 
-def load_tiny_mnist_cifar(seed: int = 0, sizes=(3000, 600, 1200), noise: float = 0.08) -> dict[str, ImageSet]:
-    """A digit above a vehicle, 32 x 16 pixels. The vehicle (car 0, truck 1) is the label; the digit (0 or 1) agrees with it
-    in 90 % of the images of train, val_id and test_id and in 50 % of val_ood and test_ood. Groups: 2 * vehicle + digit."""
+def load_waterbirds(root: str | Path = "data") -> dict[str, ImageSet]:
+    """The released Waterbirds folder: train (95 % of the birds in their place), val and test. Groups: 2 * bird + place.
+
+    Raises: InputError if the folder, its `metadata.csv` or one of its columns is missing.
+    """
+    path = Path(root) / "waterbird_complete95_forest2water2"
+    if not (path / "metadata.csv").is_file():
+        raise InputError(
+            f"data set 'waterbirds' is not in {path}\n"
+            f"  expected: {path}/metadata.csv with columns img_filename, y, split, place, and the images it names\n"
+            f"  get it:   the archive of that name at github.com/kohpangwei/group_DRO; then say where with --data-root (now {str(root)!r})\n"
+            f"  or try:   --dataset tiny-waterbirds, which is drawn in seconds and needs no download")  # fmt: skip
+    with (path / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        files = np.array([str(path / row["img_filename"]) for row in rows])
+        bird, place, split = (np.array([int(row[column]) for row in rows]) for column in ("y", "place", "split"))
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path / 'metadata.csv'} needs columns img_filename and, as whole numbers, y, split, place ({error!r})") from None
+    every = ImageSet(files, torch.from_numpy(bird), WATERBIRD_CLASSES, torch.from_numpy(2 * bird + place))
+    parts = {name: every.subset(np.flatnonzero(split == number)) for number, name in enumerate(("train", "val", "test"))}
+    for name, part in parts.items():
+        if not len(part):
+            raise InputError(f"{path / 'metadata.csv'} lists no image of the {name} part")
+    return parts
+
+
+SPURIOUS_SPLITS = {"train": 0.9, "val_id": 0.9, "test_id": 0.9, "val_ood": 0.5, "test_ood": 0.5}  # how often digit and vehicle agree
+VEHICLES = ("car", "truck")
+
+
+def spurious_digits(vehicles: np.ndarray, split: str, rng) -> np.ndarray:
+    """A digit (0 or 1) for every vehicle (0 or 1), equal to it as often as `SPURIOUS_SPLITS` says."""
+    return np.where(rng.random(len(vehicles)) < SPURIOUS_SPLITS[split], vehicles, 1 - vehicles)
+
+
+def load_mnist_cifar(root: str | Path = "data", seed: int = 0, download: bool = False) -> dict[str, ImageSet]:
+    """A handwritten digit above a CIFAR-10 vehicle, 64 x 32 pixels, from torchvision's MNIST and CIFAR10 under `root`.
+
+    The vehicle (automobile 0, truck 1) is the label; see `SPURIOUS_SPLITS` for the digit (0 or 1, padded to 32 x 32).
+    Vehicles and digits of the test parts are split 20/80 into validation and test. Groups: 2 * vehicle + digit.
+
+    Raises: InputError if one of the two data sets is not there (`download` fetches it).
+    """
+    parts = {}
+    for train in (True, False):
+        try:
+            digits, vehicles = MNIST(root, train, download=download), CIFAR10(root, train, download=download)
+        except (RuntimeError, OSError) as error:
+            raise InputError(
+                f"data set 'mnist-cifar' is not complete in {root}: {str(error).splitlines()[0]}\n"
+                f"  expected: {root}/MNIST/raw/ and {root}/cifar-10-batches-py/, as torchvision stores them\n"
+                f"  get it:   with --download, or say where it is with --data-root (now {str(root)!r})\n"
+                f"  or try:   --dataset tiny-mnist-cifar, which is drawn in seconds and needs no download") from None  # fmt: skip
+        pools = [[F.pad(digits.data[digits.targets == digit], (2, 2, 2, 2)) for digit in (0, 1)],
+                 [torch.from_numpy(vehicles.data[np.array(vehicles.targets) == label]).permute(0, 3, 1, 2) for label in (1, 9)]]
+        if train:
+            parts["train"] = pools
+        else:
+            cut = lambda pool, half: pool[: len(pool) // 5] if half == "val" else pool[len(pool) // 5 :]  # noqa: E731
+            parts |= {half: [[cut(pool, half) for pool in pair] for pair in pools] for half in ("val", "test")}
     splits = {}
-    for split, size, agreement in zip(("train", "val_id", "test_id", "val_ood", "test_ood"),
-                                      (*sizes, *sizes[1:]), (0.9, 0.9, 0.9, 0.5, 0.5)):  # fmt: skip
+    for split in SPURIOUS_SPLITS:
+        rng, (digits, vehicles) = tiny_rng(seed, "mnist-cifar", split), parts[split.split("_")[0]]
+        labels = np.repeat((0, 1), [len(pool) for pool in vehicles])
+        shown = spurious_digits(labels, split, rng)
+        top = torch.stack([digits[digit][rng.integers(len(digits[digit]))] for digit in shown])[:, None].expand(-1, 3, -1, -1)
+        splits[split] = ImageSet(torch.cat([top, torch.cat(vehicles)], 2), torch.from_numpy(labels), VEHICLES, torch.from_numpy(2 * labels + shown))
+    return splits
+
+
+VEHICLE_POSE = Pose(size=(0.8, 0.95), turn=5, shift=0.05)  # large: a vehicle has only 16 x 16 pixels
+
+
+def load_tiny_mnist_cifar(seed: int = 0, sizes=(3000, 600, 1200), contrast: float = 0.4, noise: float = 0.22) -> dict[str, ImageSet]:
+    """A digit above a vehicle, 32 x 16 pixels: `sizes` images for training, validation and test.
+
+    The vehicle (car 0, truck 1) is the label; see `SPURIOUS_SPLITS` for the digit (0 or 1). Groups: 2 * vehicle + digit.
+    The digit is easy to see. The vehicle stands in fog and grain (contrast and noise, as shares of the range of a pixel),
+    so that it tells the class less surely than the digit does in training, and leaning on the digit pays there.
+    """
+    shrink = lambda pixels: F.avg_pool2d(torch.as_tensor(pixels, dtype=torch.float32), 2)  # noqa: E731
+    splits = {}
+    for split, size in zip(SPURIOUS_SPLITS, (*sizes, *sizes[1:])):
         rng = tiny_rng(seed, "tiny-mnist-cifar", split)
         vehicles = np.arange(size) % 2
-        digits = np.where(rng.random(size) < agreement, vehicles, 1 - vehicles)
-        shrink = lambda pixels: F.avg_pool2d(torch.as_tensor(pixels, dtype=torch.float32), 2)  # noqa: E731
+        digits = spurious_digits(vehicles, split, rng)
         top = shrink(trace([("digit 0", "digit 1")[i] for i in digits], PRETRAINING_POSE, 4, rng)[2])[:, None].expand(-1, 3, -1, -1)
-        kinds, colors = rng.choice(list(BACKGROUNDS), size), rng.choice(list(COLORS), size)
-        bottom = shrink(draw([("car", "truck")[i] for i in vehicles], "photo", kinds, colors, rng, PRETRAINING_POSE)) / 255  # (N, 3, 16, 16)
-        pixels = torch.cat([top, bottom], 2) + noise * torch.from_numpy(rng.standard_normal((size, 3, SIDE, SIDE // 2)))
-        splits[split] = ImageSet((255 * pixels).clamp(0, 255).to(torch.uint8), torch.from_numpy(vehicles), ("car", "truck"),
-                                 torch.from_numpy(2 * vehicles + digits))  # fmt: skip
+        kinds, colors = rng.choice(("sky", "snow", "sand"), size), rng.choice(list(COLORS), size)
+        bottom = shrink(draw([VEHICLES[i] for i in vehicles], "photo", kinds, colors, rng, VEHICLE_POSE)) / 255  # (N, 3, 16, 16)
+        bottom = 0.5 + contrast * (bottom - 0.5) + noise * torch.from_numpy(rng.standard_normal((size, 1, 16, 16), dtype=np.float32))
+        pixels = (255 * torch.cat([top, bottom], 2)).clamp(0, 255).to(torch.uint8)
+        splits[split] = ImageSet(pixels, torch.from_numpy(vehicles), VEHICLES, torch.from_numpy(2 * vehicles + digits))
     return splits
 
 
@@ -539,7 +623,7 @@ def harmonic_mean(base: float, new: float) -> float:
 
 
 def common_flags(description: str) -> argparse.ArgumentParser:
-    """The flags that all methods have. Every method adds its own group."""
+    """The flags that all methods on CLIP have. Every method adds its own group."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="tiny-pacs", help=f"{', '.join([*TINY_BENCHMARKS, *BENCHMARKS])} or folder:PATH (default: tiny-pacs)")
@@ -551,12 +635,18 @@ def common_flags(description: str) -> argparse.ArgumentParser:
     model.add_argument("--model", help="tiny, an open_clip name, hf-hub:... or local-dir:... (default: tiny for tiny data, else ViT-B-16)")
     model.add_argument("--pretrained", help="open_clip tag or checkpoint file (default: openai; for OpenAI's weights in a file: --model NAME-quickgelu)")
     model.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, averaged (default: 'a photo of a {}.')")
+    return run_flags(parser, "<dataset>-<target>-seed<seed>")
+
+
+def run_flags(parser: argparse.ArgumentParser, folder: str) -> argparse.ArgumentParser:
+    """The flags of every command: seeds, device, output. `folder`: how a run's folder is called, for --help."""
     run = parser.add_argument_group("run")
     run.add_argument("--seeds", "--seed", type=int, nargs="+", default=[0], help="one run each (default: 0)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     run.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where a GPU has it, else fp32")
     run.add_argument("--workers", type=int, help="processes that read image files (default: 4 for files, 0 for tiny data)")
-    run.add_argument("--output", type=Path, default=Path("runs"), help="results go to OUTPUT/<method>/<dataset>-<target>-seed<seed> (default: runs)")
+    run.add_argument("--output", type=Path, default=Path("runs"), help=f"results go to OUTPUT/<method>/{folder} (default: runs)")
+    run.add_argument("--summary", type=Path, help="also write the numbers of all runs to this JSON file")
     return parser
 
 
@@ -565,6 +655,8 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     tiny = args.dataset.startswith("tiny-")
     args.model = args.model or ("tiny" if tiny else "ViT-B-16")
     args.workers = (0 if tiny else 4) if args.workers is None else args.workers
+    if args.summary and not args.summary.parent.is_dir():
+        raise InputError(f"--summary {args.summary}: there is no folder {args.summary.parent}; make it first")
     if min(args.seeds) < 0:
         raise InputError(f"--seeds must be 0 or more, got {min(args.seeds)}")
     try:

@@ -20,7 +20,6 @@ import copy
 import itertools
 import json
 import time
-from pathlib import Path
 
 import matplotlib
 import torch
@@ -63,7 +62,6 @@ def settings() -> argparse.Namespace:
     training("--gate-lr", type=float, default=5e-3, help="of gates (default: 5e-3, our choice)")
     training("--weight-decay", type=float, default=0.01, help="of low-rank factors (default: 0.01, our choice)")
     training("--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)")
-    training("--summary", type=Path, help="also write the numbers of all runs to this JSON file")
     args = common.settle(parser.parse_args())
     tiny = args.model == "tiny"
     args.epochs = (4 if tiny else 40) if args.epochs is None else args.epochs
@@ -72,8 +70,6 @@ def settings() -> argparse.Namespace:
         if getattr(args, name) < 1:
             hint = "; --modes dig trains gates without low-rank updates" if "rank" in name else ""
             raise common.InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}{hint}")
-    if args.summary and not args.summary.parent.is_dir():
-        raise common.InputError(f"--summary {args.summary}: there is no folder {args.summary.parent}; make it first")
     return args
 
 
