@@ -597,7 +597,7 @@ def plot_heads(title: str, runs: list[dict]):
 
 def plot_budget(title: str, runs: list[dict]):
     """OOD accuracy against the number of labelled OOD images that chose the heads; a band holds 80 % of the draws."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.4, 3.8), layout="constrained")
     for color, name in zip(("C0", "C1"), runs[0]["methods"]):
         draws = np.array([100 * over_seeds(runs, name, "budget", str(n)).ravel() for n in BUDGETS])
         axes.plot(BUDGETS, draws.mean(1), "o-", color=color, label=f"{name}+SEL on n images")
@@ -607,8 +607,8 @@ def plot_budget(title: str, runs: list[dict]):
             axes.axhline(level, color=color, linestyle=style, label=f"{name}, {label}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(BUDGETS, BUDGETS)
-    axes.set(xlabel="n, labelled OOD images to choose heads with", ylabel="OOD accuracy, %", title=title)
-    axes.legend(fontsize=7)
+    axes.set(xlabel="n labelled OOD images (bands: 80 % of seeds and draws)", ylabel="OOD accuracy, %", title=title)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
