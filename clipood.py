@@ -1,0 +1,750 @@
+"""CLIPood: fine-tune CLIP so that it still knows domains and classes it never saw (Shu et al., ICML 2023, arXiv 2302.00864).
+
+Fine-tuning CLIP on one task makes it forget others. Two changes to the training of the image encoder keep more of it:
+  margin metric softmax (MMS)   classify by the text features, with a margin that grows as class names differ in meaning
+  beta moving average (BMA)     average the whole training trajectory, heaviest at both ends: zero-shot and fine-tuned
+The text encoder is frozen, the result is a plain CLIP, and no model is selected: the last average is the answer.
+
+    python clipood.py                                       # tiny-pacs, target sketch, CPU, under a minute
+    python clipood.py --dataset officehome --target all --seeds 0 1 2
+
+A mode names a loss and an average, each with its number if it is not the default: `mms+bma`, `ms`, `mms@0.5+bma@0.1`,
+`linear+ema@0.99`. Modes with the same loss share one training, because averages do not change the trajectory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import os
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import common
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+class Defaults(NamedTuple):
+    batch_size: int  # images per source domain in a step
+    lr: float
+    epochs: int
+    margin: float  # lambda
+    beta: float
+    source: str = "published"
+
+
+DEFAULTS = {  # task, data sets
+    ("domain-shift", "pacs vlcs terra"): Defaults(12, 5e-6, 10, 0.3, 0.5),
+    ("domain-shift", "officehome"): Defaults(12, 1e-5, 10, 0.3, 0.5),
+    ("domain-shift", "domainnet"): Defaults(12, 1e-5, 20, 0.3, 0.5),
+    ("domain-shift", "imagenet"): Defaults(36, 5e-6, 10, 0.3, 0.5, "our choice"),
+    ("domain-shift", "(other)"): Defaults(12, 5e-6, 10, 0.3, 0.5, "our choice"),
+    ("domain-shift", "(tiny CLIP)"): Defaults(12, 2e-4, 5, 0.3, 0.5, "source hold-out"),
+    ("open-class", "imagenet fgvcaircraft"): Defaults(36, 5e-6, 10, 0.3, 0.1),
+    ("open-class", "stanfordcars sun397"): Defaults(36, 5e-6, 5, 0.3, 0.1),
+    ("open-class", "ucf101"): Defaults(36, 5e-6, 2, 0.3, 0.1),
+    ("open-class", "caltech101 oxfordpets oxfordflowers food101 dtd eurosat"): Defaults(36, 5e-6, 1, 0.3, 0.1),
+    ("open-class", "(other)"): Defaults(36, 5e-6, 1, 0.3, 0.1, "our choice"),
+    ("open-class", "(tiny CLIP)"): Defaults(36, 2e-4, 3, 0.3, 0.1, "source hold-out"),
+    ("in-the-wild", "officehome"): Defaults(12, 3e-6, 10, 0.1, 0.1),
+    ("in-the-wild", "domainnet"): Defaults(12, 5e-6, 20, 0.1, 0.5),
+    ("in-the-wild", "(other)"): Defaults(12, 3e-6, 10, 0.1, 0.1, "our choice"),
+    ("in-the-wild", "(tiny CLIP)"): Defaults(12, 2e-4, 5, 0.1, 0.1, "source hold-out"),
+}
+STUDIES = {
+    "loss": "zero-shot linear ms mms",
+    "margin": "zero-shot ms ms+bma mms@0.1 mms@0.1+bma mms@0.3 mms@0.3+bma mms@0.5 mms@0.5+bma mms@1 mms@1+bma",
+    "average": "zero-shot mms mms+ema mms+uniform mms+wise-ft mms+bma@0.1 mms+bma@0.3 mms+bma@0.5 mms+bma@1 mms+bma@2",
+    "components": "zero-shot linear ms mms mms+wise-ft mms+bma",
+}
+
+
+def defaults(task: str, dataset: str, model: str) -> Defaults:
+    rows = {name: row for (of, names), row in DEFAULTS.items() if of == task for name in (names, *names.split())}
+    return rows["(tiny CLIP)"] if model == "tiny" else rows.get(dataset, rows["(other)"])
+
+
+def settings() -> argparse.Namespace:
+    parser = common.common_flags(__doc__)
+    rows = {f"{task}: {data}": [str(value) for value in row] for (task, data), row in DEFAULTS.items()}
+    parser.epilog = common.format_table("defaults", list(Defaults._fields), rows)
+    parser.set_defaults(templates=None)
+    method = parser.add_argument_group("CLIPood").add_argument
+    method("--task", choices=("domain-shift", "open-class", "in-the-wild"),
+           help="unseen domains; unseen classes (few shots of the base classes of one domain, or of "
+           f"{', '.join(common.OPEN_CLASS)}); or both (default: domain-shift; open-class for sets of one domain)")  # fmt: skip
+    method("--modes", nargs="+", default=["zero-shot", "mms", "mms+wise-ft", "mms+bma"],
+           help="what to compare: zero-shot, or a loss linear, ms, mms[@LAMBDA], alone or with an average +ema[@DECAY], "
+           "+uniform, +wise-ft[@SHARE], +bma[@BETA]; the last is exported (default: zero-shot mms mms+wise-ft mms+bma)")  # fmt: skip
+    method("--study", choices=STUDIES, help="a comparison of Figure 5 in place of --modes, with figures; writes "
+           "results/clipood-<study>-<dataset>-<task>.json")  # fmt: skip
+    method("--margin", type=float, help="lambda of MMS, Eq. 3 (default: the table below)")
+    method("--beta", type=float, help="of BMA, Eq. 6 (default: the table below)")
+    method("--ema", type=float, help="decay of EMA (default: 0.999; 0.99 with the tiny CLIP, our choice)")
+    method("--wise-ft", type=float, default=0.5, help="share of the fine-tuned weights (default: 0.5, our choice)")
+    method("--shots", type=int, default=16, help="training images per class of few-shot sets (default: 16, published)")
+    method("--protocol", choices=("whole", "official"), default="whole",
+           help="test on the whole target, or on 20 %% of it as the authors' code does (default: whole)")  # fmt: skip
+    training = parser.add_argument_group("training").add_argument
+    training("--batch-size", type=int, help="images per source domain in a step (default: the table below)")
+    training("--lr", type=float, help="at the start; a cosine takes it to 0 (default: the table below)")
+    training("--head-lr", type=float, default=1e-3, help="of the linear classifier (default: 1e-3, our choice)")
+    training("--weight-decay", type=float, default=0.1, help="of AdamW (default: 0.1, published)")
+    training("--epochs", type=int, help="(default: the table below)")
+    training("--steps-per-epoch", type=int, help="(default: 500, published; 50 with the tiny CLIP)")
+    training(
+        "--eval-every", type=int, help="epochs between tests on the way; 0 for none (default: 0; 1 in --study average)"
+    )
+    training("--resume", action="store_true", help="continue this command where it was interrupted, at its last epoch")
+    training("--summary", type=Path, help="also write the accuracies of all runs to this JSON file")
+    args = common.settle(parser.parse_args())
+
+    known = [*common.TINY_BENCHMARKS, *common.BENCHMARKS, *common.OPEN_CLASS]
+    if args.dataset not in known and not args.dataset.startswith("folder:"):
+        hint = f"{common.did_you_mean(args.dataset, known)} Choose from {', '.join(known)}, or folder:PATH."
+        raise common.InputError(f"unknown data set {args.dataset!r}{hint}")
+    parted = args.dataset in common.OPEN_CLASS
+    args.task = args.task or ("open-class" if parted and args.dataset != "imagenet" else "domain-shift")
+    if parted and args.task != "open-class" and (args.task, args.dataset) != ("domain-shift", "imagenet"):
+        raise common.InputError(
+            f"--task {args.task} needs several domains, {args.dataset} has one: use --task open-class"
+        )
+    for name, value in defaults(args.task, args.dataset, args.model)._asdict().items():
+        if getattr(args, name, None) is None and name != "source":
+            setattr(args, name, value)
+    tiny = args.model == "tiny"
+    args.ema = (0.99 if tiny else 0.999) if args.ema is None else args.ema
+    args.steps_per_epoch = (50 if tiny else 500) if args.steps_per_epoch is None else args.steps_per_epoch
+    args.eval_every = int(args.study == "average") if args.eval_every is None else args.eval_every
+    args.templates = args.templates or [common.OPEN_CLASS[args.dataset].template if parted else "a photo of a {}."]
+    if args.study:
+        args.modes = STUDIES[args.study].split()
+        args.summary = args.summary or Path(
+            "results", f"clipood-{args.study}-{common.slug(args.dataset)}-{args.task}.json"
+        )
+    least = dict.fromkeys(("batch_size", "epochs", "steps_per_epoch", "shots"), 1)
+    for name, low in {**least, **dict.fromkeys(("lr", "head_lr", "weight_decay", "eval_every"), 0)}.items():
+        if not low <= getattr(args, name) < float("inf"):
+            raise common.InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if args.summary and not args.summary.parent.is_dir():
+        raise common.InputError(f"--summary {args.summary}: there is no folder {args.summary.parent}; make it first")
+    args.modes = {name: read_mode(name, args) for name in dict.fromkeys(args.modes)}
+    return args
+
+
+class Mode(NamedTuple):
+    """What a row of a table stands for: a loss with its lambda, and an average of its trajectory with its number."""
+
+    loss: str  # zero-shot, linear, ms, mms
+    margin: float
+    average: str  # ema, uniform, wise-ft, bma; "" for the last weights
+    value: float  # decay, -, share, beta
+
+
+def read_mode(text: str, args) -> Mode:
+    """Read `zero-shot` or `loss[@lambda][+average[@number]]`; numbers left out are those of the flags."""
+    (loss, margin), (average, value) = (part.partition("@")[::2] for part in text.partition("+")[::2])
+    losses = {"zero-shot": 0, "linear": 0, "ms": 0, "mms": args.margin}
+    averages = {"": 0, "ema": args.ema, "uniform": 0, "wise-ft": args.wise_ft, "bma": args.beta}
+    try:
+        mode = Mode(loss, float(margin or losses[loss]), average, float(value or averages[average]))
+        if average:
+            average_shares(average, mode.value, steps=1)
+        if not 0 <= mode.margin < float("inf") or (margin and loss != "mms") or (average and loss == "zero-shot"):
+            raise ValueError("lambda is a number >= 0 of mms, and zero-shot has no trajectory to average")
+    except (KeyError, ValueError) as error:
+        raise common.InputError(
+            f"--modes: cannot read {text!r} ({error}); a mode is zero-shot, or linear, ms or mms[@LAMBDA], alone or with "
+            "an average +ema[@DECAY], +uniform, +wise-ft[@SHARE] or +bma[@BETA]"
+        ) from None
+    return mode
+
+
+def trainings(modes: dict[str, Mode]) -> list[dict[str, Mode]]:
+    """Modes that come from one trajectory together: those with the same loss and lambda. The last mode comes last."""
+    groups = {}
+    for name, mode in reversed(modes.items()):
+        groups.setdefault((mode.loss, mode.margin), []).append(name)
+    return [{name: modes[name] for name in reversed(names)} for names in reversed(groups.values())]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The method: margin metric softmax
+# ---------------------------------------------------------------------------------------------------
+
+
+def class_distances(class_features: torch.Tensor) -> torch.Tensor:
+    """D(T_a, T_b) = 1 - S(T_a, T_b), Eq. 4, of unit-norm class_features (C, D).
+
+    Returns: (C, C) in [0, 2], symmetric, exactly 0 on the diagonal.
+    """
+    distances = (1 - class_features @ class_features.T).clamp(min=0)
+    return ((distances + distances.T) / 2).fill_diagonal_(0)
+
+
+def margin_metric_softmax(image_features, class_features, labels, logit_scale, margin) -> torch.Tensor:
+    """The training loss of CLIPood, Eq. 3: a wrong class counts as `margin * D(T_y, T_c)` more similar than it is.
+
+        L = -log  exp(S(I_x, T_y) / tau) / sum_c exp( (S(I_x, T_c) + margin D(T_y, T_c)) / tau )
+
+    Args:
+        image_features, class_features: unit-norm, (B, D) and (C, D).
+        labels: (B,) int64, the row y of each image's class.
+        logit_scale: 1 / tau, CLIP's own.
+        margin: lambda >= 0; 0 gives the metric softmax of Eq. 2.
+    Returns: the mean over the batch, a scalar.
+    Raises: ValueError if shapes do not fit or the margin is negative.
+    """
+    if image_features.ndim != 2 or image_features.shape[1:] != class_features.shape[1:] or margin < 0:
+        shapes = f"{tuple(image_features.shape)} and {tuple(class_features.shape)}"
+        raise ValueError(f"need features (B, D) and (C, D) and margin >= 0, got {shapes}, margin={margin}")
+    similarities = image_features @ class_features.T  # (B, C)
+    widened = (
+        similarities + margin * class_distances(class_features)[labels]
+    )  # D(T_y, T_y) = 0: the numerator is Eq. 3's
+    return F.cross_entropy(logit_scale * widened, labels)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The method: beta moving average
+# ---------------------------------------------------------------------------------------------------
+
+
+def beta_weights(steps: int, beta: float) -> torch.Tensor:
+    """Weight alpha_t of every model on the trajectory theta_0 ... theta_T, Eq. 6.
+
+    Beta(beta, beta) density at (t + 0.5) / (T + 1): beta < 1 favours both ends, the zero-shot and the fine-tuned model;
+    beta = 1 is the uniform average of all T + 1.
+
+    Returns: (T + 1,) float64, positive, not normalised.
+    Raises: ValueError if steps < 1 or beta <= 0.
+    """
+    if steps < 1 or not 0 < beta < float("inf"):
+        raise ValueError(f"need steps >= 1 and a finite beta > 0, got steps={steps}, beta={beta}")
+    t = (torch.arange(steps + 1, dtype=torch.float64) + 0.5) / (steps + 1)
+    concentration = torch.tensor(beta, dtype=torch.float64)  # float32 inside Beta would cost 6 digits
+    return torch.distributions.Beta(concentration, concentration).log_prob(t).exp()
+
+
+def average_shares(average: str, value: float, steps: int) -> torch.Tensor:
+    """Share s_t that theta_t takes of the average when it joins: average_t = (1 - s_t) average_{t-1} + s_t theta_t.
+
+        bma       alpha_t / sum_{k<=t} alpha_k, Eq. 7; value: beta
+        ema       1 - value; value: the decay
+        uniform   1 / t: theta_1 ... theta_T alike, theta_0 left out
+        wise-ft   value at t = T, else 0: only the two ends, zero-shot and fine-tuned (Wortsman et al., 2022)
+
+    Returns: (T,) float64 for t = 1 ... T.
+    Raises: ValueError if the value is out of range.
+    """
+    if average == "bma":
+        weights = beta_weights(steps, value)
+        return weights[1:] / weights.cumsum(0)[1:]
+    if not 0 <= value <= 1:
+        raise ValueError(f"the number of {average} must be between 0 and 1, got {value}")
+    if average == "uniform":
+        return 1 / torch.arange(1, steps + 1, dtype=torch.float64)
+    shares = torch.full((steps,), 1 - value if average == "ema" else 0.0, dtype=torch.float64)
+    if average == "wise-ft":
+        shares[-1] = value
+    return shares
+
+
+class BetaMovingAverage(nn.Module):
+    """Running average of a trajectory, Eq. 5: call `update(model)` once after every optimizer step, then use `.model`.
+
+    It costs one extra copy of the weights whatever T, changed in place, float32 at least whatever the model's precision.
+
+    Args:
+        model: theta_0, copied.
+        steps, beta: T and the shape of the weights, see `beta_weights`.
+        shares: s_1 ... s_T of another average in place of BMA's, see `average_shares`.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, beta: float = 0.5, shares: torch.Tensor | None = None):
+        super().__init__()
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        self.shares = average_shares("bma", beta, steps).tolist() if shares is None else shares.tolist()
+        self.register_buffer("step", torch.tensor(0))  # t, in the state dict; stays on the CPU
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in theta_t. Raises: ValueError after T updates."""
+        if self.step == len(self.shares):
+            raise ValueError(f"the trajectory has {len(self.shares)} steps, and all of them were taken in")
+        share = self.shares[self.step]
+        self.step += 1
+        if share:
+            average = list(self.model.parameters())
+            current = [parameter.to(mean.dtype) for parameter, mean in zip(model.parameters(), average)]
+            torch._foreach_lerp_(average, current, share)  # one fused pass over the weights
+        for mean, buffer in zip(self.model.buffers(), model.buffers()):
+            mean.copy_(buffer)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Three tasks
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """What one run sees. Every test is scored over the class names of its own images."""
+
+    classes: tuple[str, ...]  # all, also the new ones
+    train: dict[str, common.ImageSet]  # by source domain
+    tests: dict[str, dict[str, common.ImageSet]]  # by test, then by domain or part
+
+
+def load_data(args, seed: int):
+    """The images of --dataset, {part: set} or a list of domains, and the targets that --target names."""
+    if args.dataset not in common.OPEN_CLASS:
+        domains = common.load_domains(args.dataset, args.data_root, seed, args.cue)
+        return domains, common.choose_targets(args.target, [domain.name for domain in domains])
+    data = common.load_parts(args.dataset, args.data_root)
+    if args.task == "domain-shift":
+        data |= {name: common.load_parts(name, args.data_root)["test"] for name in common.IMAGENET_SHIFTS}
+    return data, [args.dataset]
+
+
+def domain_shift(args, domains, target: str) -> Task:
+    """Train on all domains but one."""
+    split = common.leave_one_out(domains, target, None, None)
+    tests = {"hold-out": split.holdout, "source": split.source, "target": split.target}
+    if not domains[0].balanced:
+        del tests["source"]  # the hold-out again; a tiny hold-out is cued, its source is not
+    if args.protocol == "official":
+        index, images = [domain.name for domain in domains].index(target), split.target[target]
+        split.target[target] = images.subset(common.domain_split(len(images), index)[0])
+    return Task(domains[0].images.classes, split.train, tests)
+
+
+def imagenet_shift(args, data: dict, seed: int) -> Task:
+    """Train on a few shots of every class of ImageNet, test on its validation set and on four sets that shift it."""
+    train = common.few_shot(data["train"], args.shots, seed)
+    tests = {"imagenet": data["test"], **{name: data[name] for name in common.IMAGENET_SHIFTS}}
+    return Task(train.classes, {"imagenet": train}, {name: {name: images} for name, images in tests.items()})
+
+
+def open_class(args, parts: dict, name: str, seed: int) -> Task:
+    """Train on a few shots of the base classes; test base and new classes apart, each over their own names."""
+    base, new = common.base_and_new(len(parts["train"].classes))
+    train = common.few_shot(parts["train"].of_classes(base), args.shots, seed)
+    tests = {"validation": common.few_shot(parts["val"].of_classes(base), min(args.shots, 4), seed)}
+    tests |= {"base": parts["test"].of_classes(base), "new": parts["test"].of_classes(new)}
+    return Task(parts["train"].classes, {name: train}, {test: {name: images} for test, images in tests.items()})
+
+
+def domain_parts(domains, name: str) -> dict[str, common.ImageSet]:
+    """One domain as an open-class data set; what is held out of a real one validates and tests."""
+    index = [domain.name for domain in domains].index(name)
+    held_out, rest = (domains[index].images.subset(i) for i in common.domain_split(len(domains[index].images), index))
+    return {"train": rest, "val": held_out, "test": domains[index].balanced or held_out}
+
+
+def in_the_wild(args, domains, target: str) -> Task:
+    """Train on the base classes of all domains but one; test on that one, over the names of all classes."""
+    classes = domains[0].images.classes
+    train, tests = {}, {"hold-out": {}, "source": {}, "total": {}}
+    for part, chosen in zip(("base", "new"), common.base_and_new(len(classes), odd_to_base=False)):
+        for index, domain in enumerate(domains):
+            images, balanced = (
+                of and of.subset(np.flatnonzero(np.isin(of.labels, chosen))) for of in (domain.images, domain.balanced)
+            )
+            split = functools.partial(
+                common.domain_split, domain_index=index, part="base" if part == "base" else "open"
+            )
+            if domain.name == target:
+                tested = balanced or images
+                tests["total"][part] = tested.subset(split(len(tested))[0]) if args.protocol == "official" else tested
+            elif part == "base":
+                held_out, rest = (images.subset(rows) for rows in split(len(images)))
+                train[domain.name] = rest.of_classes(chosen)
+                tests["hold-out"][domain.name], tests["source"][domain.name] = held_out, balanced
+    if not domains[0].balanced:
+        del tests["source"]
+    return Task(classes, train, tests)
+
+
+def make_task(args, data, target: str, seed: int, preprocess, augment) -> Task:
+    if args.task == "in-the-wild":
+        task = in_the_wild(args, data, target)
+    elif args.task == "open-class":
+        task = open_class(args, data if args.dataset in common.OPEN_CLASS else domain_parts(data, target), target, seed)
+    else:
+        task = imagenet_shift(args, data, seed) if args.dataset == "imagenet" else domain_shift(args, data, target)
+    at = lambda sets, transform: {name: replace(images, transform=transform) for name, images in sets.items()}  # noqa: E731
+    return Task(
+        task.classes, at(task.train, augment), {name: at(sets, preprocess) for name, sets in task.tests.items()}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training and testing
+# ---------------------------------------------------------------------------------------------------
+
+
+def train(visual, task: Task, modes: dict[str, Mode], text, logit_scale: float, args, seed: int, state: dict | None):
+    """Fine-tune a copy of the image tower with the one loss of `modes`; all their averages run along.
+
+    Every epoch starts from a random state of its own, so that an interrupted run continues exactly at an epoch's end.
+
+    Args: text: features of the training classes, (C, D); state: as yielded, to continue from there, or None.
+    Yields: at the start and after every epoch {mode: model}, the state, the last loss.
+    Raises: InputError at a loss or gradient that is not finite, before it reaches the weights or an average.
+    """
+    loss_name, margin, *_ = next(iter(modes.values()))
+    torch.manual_seed(seed)
+    model = copy.deepcopy(visual).requires_grad_(True)
+    groups = [{"params": list(model.parameters())}]
+    if loss_name == "linear":  # Eq. 1; without a bias its rows can take the place of class features
+        head = nn.Linear(text.shape[1], len(text), bias=False, device=text.device)
+        groups.append({"params": list(head.parameters()), "lr": args.head_lr})
+        model = nn.Sequential(model, head)
+    steps = args.epochs * args.steps_per_epoch
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    averages = {name: BetaMovingAverage(model, steps, shares=average_shares(mode.average, mode.value, steps))
+                for name, mode in modes.items() if mode.average}  # fmt: skip
+    models = {name: averages[name].model if mode.average else model for name, mode in modes.items()}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, **averages}
+    for name, part in parts.items() if state else ():
+        part.load_state_dict(state[name])
+
+    labels = torch.cat([images.labels for images in task.train.values()]).to(args.device)
+    numbers = torch.arange(len(labels)).split([len(images) for images in task.train.values()])
+    numbered = {name: replace(images, labels=own) for (name, images), own in zip(task.train.items(), numbers)}
+    loss = torch.tensor(float("nan"))
+    for epoch in range(state["epoch"] if state else 0, args.epochs + 1):
+        yield models, {"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, loss.item()
+        if epoch == args.epochs:
+            return
+        epoch_seed = seed * 1000 + epoch
+        torch.manual_seed(epoch_seed)  # augmentation
+        batches = common.source_batches(numbered, args.batch_size, epoch_seed, args.workers)
+        model.train()
+        for step in tqdm(
+            range(args.steps_per_epoch), desc=f"{'/'.join(modes)} epoch {epoch + 1}", disable=None, leave=False
+        ):
+            images, number, _ = next(batches)
+            with common.autocast(args.device, args.precision):
+                output = model(images.to(args.device, non_blocking=True))  # (B, D), or (B, C) of the linear classifier
+            y = labels[number]
+            if loss_name == "linear":
+                loss = F.cross_entropy(output.float(), y)
+            else:
+                loss = margin_metric_softmax(F.normalize(output.float(), dim=-1), text, y, logit_scale, margin)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            size = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
+            if not loss.isfinite() or not (
+                size.isfinite() or scaler.is_enabled()
+            ):  # fp16: the scaler skips such a step
+                where = epoch * args.steps_per_epoch + step + 1
+                raise common.InputError(
+                    f"step {where} (epoch {epoch + 1}, seed {seed}, learning rate {schedule.get_last_lr()[0]:.3g}): the loss "
+                    f"is {loss.item()}, its gradient's norm {size.item()}; try a lower --lr, or look at the images of this "
+                    f"batch:\n  {describe(task.train, number)}"
+                )
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            for average in averages.values():
+                average.update(model)
+        model.eval()
+
+
+def describe(sets: dict[str, common.ImageSet], numbers: torch.Tensor) -> str:
+    """Names of training images: their files, or their place in a domain that lies in memory."""
+    files = lambda images: isinstance(images.images, np.ndarray)  # noqa: E731
+    names = [
+        images.images[i] if files(images) else f"{domain} {i}"
+        for domain, images in sets.items()
+        for i in range(len(images))
+    ]
+    return ", ".join(names[i] for i in numbers)
+
+
+def classifier(model, mode: Mode, known, classes, features, args):
+    """images (B, 3, h, w) -> scores over `classes` (B, C); None if it can name none of them.
+
+    A linear classifier names only the classes it was trained on, `known`; any other gets the score -inf.
+    """
+    if mode.loss != "linear":
+        return common.clip_classifier(model, features(classes), args.precision)
+    columns = [known.index(name) if name in known else -1 for name in classes]
+    if max(columns) < 0:
+        return None
+
+    def classify(images):
+        with common.autocast(args.device, args.precision):
+            scores = model(images).float()
+        return F.pad(scores, (0, 1), value=-torch.inf)[:, columns]
+
+    return classify
+
+
+def test(model, mode: Mode, task: Task, features, args) -> dict:
+    """Accuracies of one model: {measure: {"accuracy": ..., details}}.
+
+    Measures: the task's tests; in the wild also base and new, the parts of `total`; H where there are base and new classes;
+    for ImageNet the average of its shifts.
+    """
+    results, known = {}, next(iter(task.train.values())).classes
+    for name, sets in task.tests.items():
+        classify = classifier(model, mode, known, next(iter(sets.values())).classes, features, args)
+        if classify:
+            results[name] = common.evaluate(classify, sets, args.device, 64, args.workers)
+    if "total" in results:
+        results |= {part: {"accuracy": value} for part, value in results["total"]["per_domain"].items()}
+    if "base" in results and "new" in results:
+        base, new = results["base"]["accuracy"], results["new"]["accuracy"]
+        results["H"] = {"accuracy": common.harmonic_mean(base, new)}
+    shifted = [results[name]["accuracy"] for name in common.IMAGENET_SHIFTS if name in results]
+    if shifted:
+        results["average OOD"] = {"accuracy": sum(shifted) / len(shifted)}
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------
+
+
+def save_figure(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_averages(steps: int, ema: float, beta: float, path: Path) -> None:
+    """Figure 4: what every theta_t weighs in the final average, and how the share of theta_0 develops."""
+    averages = {f"EMA, decay {ema:g}": ("ema", ema), f"BMA, beta {beta:g}": ("bma", beta), "BMA, beta 1": ("bma", 1.0)}
+    figure, (final, start) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for label, (average, value) in averages.items():
+        kept = 1 - average_shares(average, value, steps)  # what is kept of the average at step t
+        start.plot(range(steps + 1), [1, *kept.cumprod(0)], label=label)
+        later = torch.cat([kept.flip(0).cumprod(0).flip(0), torch.ones(1)])  # product over k > t
+        final.plot(range(steps + 1), torch.cat([torch.ones(1), 1 - kept]) * later, label=label)
+    final.set(yscale="log", xlabel="t", ylabel=r"weight of $\theta_t$", title=f"in the average after {steps} steps")
+    start.set(yscale="log", xlabel="t", ylabel=r"weight of $\theta_0$", title="of the zero-shot model over time")
+    start.legend()
+    save_figure(figure, path)
+
+
+def plot_lines(lines: dict[str, dict], x_label: str, path: Path, log: bool = False) -> None:
+    """A panel for each measure. lines: {measure: {label: (x, accuracies (n,) or (n, seeds))}}."""
+    figure, axes = plt.subplots(1, len(lines), figsize=(4.5 * len(lines), 3.4), layout="constrained", squeeze=False)
+    for panel, (measure, curves) in zip(axes[0], lines.items()):
+        for label, (x, values) in curves.items():
+            values = 100 * np.asarray(values).reshape(len(x), -1)
+            panel.errorbar(
+                x, values.mean(1), values.std(1) if values.shape[1] > 1 else None, marker=".", capsize=3, label=label
+            )
+        panel.set(xlabel=x_label, ylabel="accuracy, %", title=measure, xscale="log" if log else "linear")
+    axes[0, -1].legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def plot_sweep(args, runs: list[dict], path: Path) -> None:
+    """Accuracy over lambda or beta beside zero-shot: averages over targets, mean and deviation over seeds."""
+    curves = {}  # {label: {x: mode}}
+    for name, mode in args.modes.items():
+        if args.study == "margin" and mode.loss != "zero-shot":
+            curves.setdefault("MMS + BMA" if mode.average else "MMS", {})[mode.margin] = name
+        elif mode.average == "bma":
+            curves.setdefault("MMS + BMA", {})[mode.value] = name
+    ends = [end(x for curve in curves.values() for x in curve) for end in (min, max)]
+    curves["zero-shot"] = dict.fromkeys(ends, "zero-shot")
+    lines = {}
+    for measure in (measure for measure in runs[0]["modes"]["zero-shot"] if measure not in ("hold-out", "validation")):
+        lines[measure] = {label: (list(curve), [seed_means(runs, name, measure) for name in curve.values()])
+                          for label, curve in curves.items()}  # fmt: skip
+    symbol = r"$\lambda$" if args.study == "margin" else r"$\beta$"
+    plot_lines(lines, symbol, path, log=args.study == "average")
+
+
+def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> None:
+    """D(T_y, T_c), classes sorted so that similar ones stand together (by the second eigenvector of the similarities)."""
+    distances = class_distances(class_features.cpu())
+    order = torch.linalg.eigh(1 - distances).eigenvectors[:, -2].argsort()
+    side = min(9.0, 2.4 + 0.33 * len(order))
+    figure, axes = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
+    image = axes.imshow(distances[order][:, order], cmap="viridis")
+    if len(order) <= 70:
+        names = [class_names[i].replace("_", " ") for i in order]
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    axes.set_title(r"$D(T_y, T_c)$: the margin is $\lambda$ times this")
+    figure.colorbar(image, shrink=0.7)
+    save_figure(figure, path)
+
+
+def plot_images(images: common.ImageSet, scores: dict[str, list], scale: float, path: Path) -> None:
+    """Figure 6: the images whose true class the margin helped most (upper row) and hurt most (lower row).
+
+    Args: scores: cosine similarities (n, C) after training with `ms` and with `mms`; scale: 1 / tau.
+    """
+    without, margin = ((scale * torch.tensor(scores[name])).softmax(1) for name in ("ms", "mms"))
+    gain = (margin - without)[range(len(images)), images.labels]
+    order, columns = gain.argsort(descending=True).tolist(), 3
+    figure, axes = plt.subplots(2, 2 * columns, figsize=(4.6 * columns, 4.6), layout="constrained")
+    for k, i in enumerate([*order[:columns], *order[-columns:]]):
+        picture, bars = axes[k // columns, 2 * (k % columns) : 2 * (k % columns) + 2]
+        pixels = images.images[i]
+        picture.imshow(pixels.permute(1, 2, 0) if isinstance(pixels, torch.Tensor) else common.read_image(pixels))
+        picture.set(xticks=[], yticks=[], title=images.classes[images.labels[i]].replace("_", " "))
+        top = (margin[i] + without[i]).topk(min(5, len(images.classes))).indices.flip(0)
+        for shift, scores, label in ((0.2, margin, "with margin"), (-0.2, without, "without")):
+            bars.barh(np.arange(len(top)) + shift, scores[i][top], height=0.4, label=label)
+        bars.set_yticks(range(len(top)), [images.classes[c].replace("_", " ") for c in top])
+        bars.set(xlim=(0, 1), title=f"{gain[i]:+.2f}")
+    axes[0, 1].legend(fontsize="x-small", loc="lower right")
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------
+
+
+def accuracies(results: dict) -> dict:
+    """{mode: {measure: accuracy}} of what `test` returned for every mode."""
+    return {mode: {measure: of["accuracy"] for measure, of in row.items()} for mode, row in results.items()}
+
+
+def seed_means(runs: list[dict], mode: str, measure: str) -> list[float]:
+    """Accuracy of a mode averaged over targets, for every seed; [] where it has none."""
+    values = {}
+    for run in runs:
+        if measure in run["modes"][mode]:
+            values.setdefault(run["seed"], []).append(run["modes"][mode][measure])
+    return [float(np.mean(own)) for own in values.values()]
+
+
+def table(title: str, runs: list[dict]) -> str:
+    """A row for each mode, a column for each measure: averages over targets, mean ± deviation over seeds."""
+    measures = list(dict.fromkeys(measure for row in runs[0]["modes"].values() for measure in row))
+    rows = {mode: [seed_means(runs, mode, measure) for measure in measures] for mode in runs[0]["modes"]}
+    return common.format_table(
+        title, measures, {mode: [common.percent(v) if v else "-" for v in row] for mode, row in rows.items()}
+    )
+
+
+def run(args, target: str, seed: int, task: Task, model, features) -> dict:
+    """Train and test every mode for one target and one seed, write the run's folder. Returns {mode: {measure: accuracy}}."""
+    free = ("output", "resume", "summary", "seeds", "target", "study", "device", "workers", "data_root")
+    config = {name: value for name, value in vars(args).items() if name not in free} | {"target": target, "seed": seed}
+    config = json.loads(json.dumps(config))  # as it will be read again
+    kind = "" if args.task == "domain-shift" else f"-{args.task}"
+    path = (
+        args.output
+        / "clipood"
+        / (args.study or "")
+        / f"{common.slug(args.dataset)}{kind}-{common.slug(target)}-seed{seed}"
+    )
+    checkpoint = path.with_name(f"{path.name}.checkpoint")
+    saved = common.resume(checkpoint, path / "result.json", config) if args.resume else {}
+    if "modes" in saved:
+        print(f"{path}/ is complete", flush=True)
+        return accuracies(saved["modes"])
+    saved = saved or {"settings": config, "results": {}, "scores": {}, "history": [], "training": {}}
+    results, scores, history = saved["results"], saved["scores"], saved["history"]
+    known, scale = next(iter(task.train.values())).classes, model.logit_scale.exp().item()
+    *_, examples = [images for sets in task.tests.values() for images in sets.values()]  # of the last test
+    examples = examples.subset(np.linspace(0, len(examples) - 1, min(60, len(examples))))
+
+    with common.run_folder(path) as folder:
+        for modes in trainings(args.modes):
+            if modes.keys() <= results.keys():
+                continue
+            models, start = {name: model.visual for name in modes}, time.time()
+            if "zero-shot" not in modes:
+                state = saved["training"].get("/".join(modes))
+                for models, state, loss in train(model.visual, task, modes, features(known), scale, args, seed, state):
+                    saved["training"] = {"/".join(modes): state}
+                    common.save_checkpoint(checkpoint, saved)
+                    if args.eval_every and state["epoch"] % args.eval_every == 0:
+                        step = {"step": state["epoch"] * args.steps_per_epoch, "loss": loss}
+                        tested = {name: test(models[name], mode, task, features, args) for name, mode in modes.items()}
+                        history += [{"mode": name, **step, **row} for name, row in accuracies(tested).items()]
+            for name, mode in modes.items():
+                results[name] = test(models[name], mode, task, features, args)
+                reached = ", ".join(
+                    f"{measure} {100 * value:.1f}" for measure, value in accuracies(results)[name].items()
+                )
+                print(f"{name}: {reached} %, {time.time() - start:.0f} s", flush=True)
+                if name in ("ms", "mms"):
+                    classify = classifier(models[name], mode, known, examples.classes, features, args)
+                    with torch.no_grad():
+                        scores[name] = classify(examples.__getitems__(range(len(examples)))[0].to(args.device)).cpu()
+        visual, text, names = models[name], features(task.classes), task.classes
+        plot_distances(text, names, folder / "distances.png")
+        plot_averages(args.epochs * args.steps_per_epoch, args.ema, args.beta, folder / "averages.png")
+        if len(scores) == 2:
+            plot_images(examples, scores, scale, folder / "images.png")
+        if history:
+            lines = {measure: {} for measure in history[0] if measure in results[name] and measure != "hold-out"}
+            for measure, curves in lines.items():
+                for of in dict.fromkeys(row["mode"] for row in history if measure in row):
+                    curves[of] = zip(*[(row["step"], row[measure]) for row in history if row["mode"] == of])
+            plot_lines(lines, "step", folder / "trajectory.png")
+        if mode.loss == "linear":
+            (visual, head), names = visual, known
+            text = head.weight.detach()
+        common.export_clip(model, folder / "model", text, names, visual)
+        common.write_json(folder / "result.json", {"settings": config, "modes": results, "history": history})
+    checkpoint.unlink(missing_ok=True)
+    return accuracies(results)
+
+
+def main():
+    args = settings()
+    place = "drawn here" if args.dataset.startswith("tiny-") else f"from {args.data_root}"
+    print(f"data {args.dataset} ({place}), model {args.model}, device {args.device}, {args.precision}", flush=True)
+    runs, model = [], None
+    for seed in args.seeds:
+        if not runs or args.dataset.startswith("tiny-"):  # the others do not depend on the seed
+            data, targets = load_data(args, seed)
+        if model is None:  # after the data: a missing data set is said before weights are fetched
+            model, preprocess, tokenizer = common.load_clip(args.model, args.pretrained, args.device)
+            features = functools.cache(
+                functools.partial(
+                    common.class_features, model, tokenizer, templates=tuple(args.templates), device=args.device
+                )
+            )
+            # tiny images are drawn in so many poses that they need no augmentation
+            augment = preprocess if args.dataset.startswith("tiny-") else common.image_transform(model, train=True)
+        for target in targets:
+            task = make_task(args, data, target, seed, preprocess, augment)
+            sizes = [f"{of} {len(images)}" for of, images in task.train.items()]
+            sizes += [f"{test} {sum(map(len, sets.values()))}" for test, sets in task.tests.items()]
+            print(f"training images: {', '.join(sizes[: len(task.train)])}; test images: {', '.join(sizes[len(task.train) :])}")
+            runs.append({"target": target, "seed": seed, "modes": run(args, target, seed, task, model, features)})
+            print(table(f"{args.dataset}, target {target}, seed {seed}, %", runs[-1:]), "\n")
+    if len(runs) > 1:
+        print(table(f"{args.dataset}, {args.task}, average, %", runs))
+    if args.summary:
+        common.write_json(args.summary, {"settings": vars(args), "runs": runs})
+    if args.study in ("margin", "average"):
+        plot_sweep(args, runs, args.summary.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    common.command(main)
