@@ -1,4 +1,4 @@
-"""CLIPood: fine-tune CLIP so that it still knows domains and classes it never saw (Shu et al., ICML 2023, arXiv 2302.00864).
+"""CLIPood: fine-tune CLIP for domains and classes it never saw (Shu et al., ICML 2023, arXiv 2302.00864).
 
 Fine-tuning CLIP on one task makes it forget others. Two changes to the training of the image encoder keep more of it:
   margin metric softmax (MMS)   classify by the text features, with a margin that grows as class names differ in meaning
@@ -18,9 +18,6 @@ import argparse
 import copy
 import functools
 import json
-import os
-import re
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,23 +44,20 @@ class Defaults(NamedTuple):
     source: str = "published"
 
 
-DEFAULTS = {  # task, data sets
+DEFAULTS = {  # (task, data sets); a data set that is not named has the first row of its task, our choice
     ("domain-shift", "pacs vlcs terra"): Defaults(12, 5e-6, 10, 0.3, 0.5),
     ("domain-shift", "officehome"): Defaults(12, 1e-5, 10, 0.3, 0.5),
     ("domain-shift", "domainnet"): Defaults(12, 1e-5, 20, 0.3, 0.5),
     ("domain-shift", "imagenet"): Defaults(36, 5e-6, 10, 0.3, 0.5, "our choice"),
-    ("domain-shift", "(other)"): Defaults(12, 5e-6, 10, 0.3, 0.5, "our choice"),
-    ("domain-shift", "(tiny CLIP)"): Defaults(12, 2e-4, 5, 0.3, 0.5, "source hold-out"),
+    ("domain-shift", "tiny CLIP"): Defaults(12, 4e-4, 3, 0.3, 0.5, "source hold-out"),
+    ("open-class", "caltech101 oxfordpets oxfordflowers food101 dtd eurosat"): Defaults(36, 5e-6, 1, 0.3, 0.1),
     ("open-class", "imagenet fgvcaircraft"): Defaults(36, 5e-6, 10, 0.3, 0.1),
     ("open-class", "stanfordcars sun397"): Defaults(36, 5e-6, 5, 0.3, 0.1),
     ("open-class", "ucf101"): Defaults(36, 5e-6, 2, 0.3, 0.1),
-    ("open-class", "caltech101 oxfordpets oxfordflowers food101 dtd eurosat"): Defaults(36, 5e-6, 1, 0.3, 0.1),
-    ("open-class", "(other)"): Defaults(36, 5e-6, 1, 0.3, 0.1, "our choice"),
-    ("open-class", "(tiny CLIP)"): Defaults(36, 2e-4, 3, 0.3, 0.1, "source hold-out"),
+    ("open-class", "tiny CLIP"): Defaults(36, 4e-4, 1, 0.3, 0.1, "source hold-out"),
     ("in-the-wild", "officehome"): Defaults(12, 3e-6, 10, 0.1, 0.1),
     ("in-the-wild", "domainnet"): Defaults(12, 5e-6, 20, 0.1, 0.5),
-    ("in-the-wild", "(other)"): Defaults(12, 3e-6, 10, 0.1, 0.1, "our choice"),
-    ("in-the-wild", "(tiny CLIP)"): Defaults(12, 2e-4, 5, 0.1, 0.1, "source hold-out"),
+    ("in-the-wild", "tiny CLIP"): Defaults(12, 4e-4, 2, 0.1, 0.1, "source hold-out"),
 }
 STUDIES = {
     "loss": "zero-shot linear ms mms",
@@ -73,23 +67,19 @@ STUDIES = {
 }
 
 
-def defaults(task: str, dataset: str, model: str) -> Defaults:
-    rows = {name: row for (of, names), row in DEFAULTS.items() if of == task for name in (names, *names.split())}
-    return rows["(tiny CLIP)"] if model == "tiny" else rows.get(dataset, rows["(other)"])
-
-
 def settings() -> argparse.Namespace:
     parser = common.common_flags(__doc__)
-    rows = {f"{task}: {data}": [str(value) for value in row] for (task, data), row in DEFAULTS.items()}
-    parser.epilog = common.format_table("defaults", list(Defaults._fields), rows)
+    rows = {f"{task}: {names}": [str(value) for value in row] for (task, names), row in DEFAULTS.items()}
+    parser.epilog = common.format_table("defaults (other data sets: first row of the task)", Defaults._fields, rows)
     parser.set_defaults(templates=None)
     method = parser.add_argument_group("CLIPood").add_argument
     method("--task", choices=("domain-shift", "open-class", "in-the-wild"),
-           help="unseen domains; unseen classes (few shots of the base classes of one domain, or of "
-           f"{', '.join(common.OPEN_CLASS)}); or both (default: domain-shift; open-class for sets of one domain)")  # fmt: skip
-    method("--modes", nargs="+", default=["zero-shot", "mms", "mms+wise-ft", "mms+bma"],
-           help="what to compare: zero-shot, or a loss linear, ms, mms[@LAMBDA], alone or with an average +ema[@DECAY], "
-           "+uniform, +wise-ft[@SHARE], +bma[@BETA]; the last is exported (default: zero-shot mms mms+wise-ft mms+bma)")  # fmt: skip
+           help="unseen domains; unseen classes (few shots of the base classes of one domain or of a set without domains); "
+           "or both (default: domain-shift, without domains open-class)")  # fmt: skip
+    method("--modes", nargs="+", default="zero-shot mms mms+wise-ft mms+bma".split(),
+           help="what to compare: zero-shot, or a loss linear, ms, mms[@LAMBDA], alone or with an average of its "
+           "trajectory +ema[@DECAY], +uniform, +wise-ft[@SHARE], +bma[@BETA]; the last is exported (default: "
+           "zero-shot mms mms+wise-ft mms+bma)")  # fmt: skip
     method("--study", choices=STUDIES, help="a comparison of Figure 5 in place of --modes, with figures; writes "
            "results/clipood-<study>-<dataset>-<task>.json")  # fmt: skip
     method("--margin", type=float, help="lambda of MMS, Eq. 3 (default: the table below)")
@@ -106,9 +96,7 @@ def settings() -> argparse.Namespace:
     training("--weight-decay", type=float, default=0.1, help="of AdamW (default: 0.1, published)")
     training("--epochs", type=int, help="(default: the table below)")
     training("--steps-per-epoch", type=int, help="(default: 500, published; 50 with the tiny CLIP)")
-    training(
-        "--eval-every", type=int, help="epochs between tests on the way; 0 for none (default: 0; 1 in --study average)"
-    )
+    training("--eval-every", type=int, help="epochs between tests on the way (default: none; 1 in --study average)")
     training("--resume", action="store_true", help="continue this command where it was interrupted, at its last epoch")
     training("--summary", type=Path, help="also write the accuracies of all runs to this JSON file")
     args = common.settle(parser.parse_args())
@@ -120,10 +108,12 @@ def settings() -> argparse.Namespace:
     parted = args.dataset in common.OPEN_CLASS
     args.task = args.task or ("open-class" if parted and args.dataset != "imagenet" else "domain-shift")
     if parted and args.task != "open-class" and (args.task, args.dataset) != ("domain-shift", "imagenet"):
-        raise common.InputError(
-            f"--task {args.task} needs several domains, {args.dataset} has one: use --task open-class"
-        )
-    for name, value in defaults(args.task, args.dataset, args.model)._asdict().items():
+        raise common.InputError(f"--task {args.task} needs domains, {args.dataset} has none: use --task open-class")
+    rows = [(names, row) for (task, names), row in DEFAULTS.items() if task == args.task]
+    found = [
+        row for names, row in rows if (names if args.model == "tiny" else args.dataset) in ("tiny CLIP", *names.split())
+    ]
+    for name, value in (found or [rows[0][1]])[0]._asdict().items():
         if getattr(args, name, None) is None and name != "source":
             setattr(args, name, value)
     tiny = args.model == "tiny"
@@ -133,9 +123,8 @@ def settings() -> argparse.Namespace:
     args.templates = args.templates or [common.OPEN_CLASS[args.dataset].template if parted else "a photo of a {}."]
     if args.study:
         args.modes = STUDIES[args.study].split()
-        args.summary = args.summary or Path(
-            "results", f"clipood-{args.study}-{common.slug(args.dataset)}-{args.task}.json"
-        )
+        name = f"clipood-{args.study}-{common.slug(args.dataset)}-{args.task}.json"
+        args.summary = args.summary or Path("results", name)
     least = dict.fromkeys(("batch_size", "epochs", "steps_per_epoch", "shots"), 1)
     for name, low in {**least, **dict.fromkeys(("lr", "head_lr", "weight_decay", "eval_every"), 0)}.items():
         if not low <= getattr(args, name) < float("inf"):
@@ -168,8 +157,8 @@ def read_mode(text: str, args) -> Mode:
             raise ValueError("lambda is a number >= 0 of mms, and zero-shot has no trajectory to average")
     except (KeyError, ValueError) as error:
         raise common.InputError(
-            f"--modes: cannot read {text!r} ({error}); a mode is zero-shot, or linear, ms or mms[@LAMBDA], alone or with "
-            "an average +ema[@DECAY], +uniform, +wise-ft[@SHARE] or +bma[@BETA]"
+            f"--modes: cannot read {text!r} ({error}); a mode is zero-shot, or linear, ms or mms[@LAMBDA], alone or "
+            "with an average +ema[@DECAY], +uniform, +wise-ft[@SHARE] or +bma[@BETA]"
         ) from None
     return mode
 
@@ -183,7 +172,7 @@ def trainings(modes: dict[str, Mode]) -> list[dict[str, Mode]]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The method: margin metric softmax
+# The method
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -217,11 +206,6 @@ def margin_metric_softmax(image_features, class_features, labels, logit_scale, m
         similarities + margin * class_distances(class_features)[labels]
     )  # D(T_y, T_y) = 0: the numerator is Eq. 3's
     return F.cross_entropy(logit_scale * widened, labels)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The method: beta moving average
-# ---------------------------------------------------------------------------------------------------
 
 
 def beta_weights(steps: int, beta: float) -> torch.Tensor:
@@ -267,7 +251,7 @@ def average_shares(average: str, value: float, steps: int) -> torch.Tensor:
 class BetaMovingAverage(nn.Module):
     """Running average of a trajectory, Eq. 5: call `update(model)` once after every optimizer step, then use `.model`.
 
-    It costs one extra copy of the weights whatever T, changed in place, float32 at least whatever the model's precision.
+    It costs one extra copy of the weights whatever T, changed in place, float32 or more whatever the model's precision.
 
     Args:
         model: theta_0, copied.
@@ -285,9 +269,7 @@ class BetaMovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in theta_t. Raises: ValueError after T updates."""
-        if self.step == len(self.shares):
-            raise ValueError(f"the trajectory has {len(self.shares)} steps, and all of them were taken in")
+        """Take in theta_t. Raises: IndexError after T updates."""
         share = self.shares[self.step]
         self.step += 1
         if share:
@@ -326,12 +308,11 @@ def load_data(args, seed: int):
 def domain_shift(args, domains, target: str) -> Task:
     """Train on all domains but one."""
     split = common.leave_one_out(domains, target, None, None)
-    tests = {"hold-out": split.holdout, "source": split.source, "target": split.target}
-    if not domains[0].balanced:
-        del tests["source"]  # the hold-out again; a tiny hold-out is cued, its source is not
+    source = split.source if domains[0].balanced else {}  # of real data it is the hold-out again
     if args.protocol == "official":
         index, images = [domain.name for domain in domains].index(target), split.target[target]
         split.target[target] = images.subset(common.domain_split(len(images), index)[0])
+    tests = {"hold-out": split.holdout, "source": source, "target": split.target}
     return Task(domains[0].images.classes, split.train, tests)
 
 
@@ -351,48 +332,39 @@ def open_class(args, parts: dict, name: str, seed: int) -> Task:
     return Task(parts["train"].classes, {name: train}, {test: {name: images} for test, images in tests.items()})
 
 
-def domain_parts(domains, name: str) -> dict[str, common.ImageSet]:
-    """One domain as an open-class data set; what is held out of a real one validates and tests."""
-    index = [domain.name for domain in domains].index(name)
-    held_out, rest = (domains[index].images.subset(i) for i in common.domain_split(len(domains[index].images), index))
-    return {"train": rest, "val": held_out, "test": domains[index].balanced or held_out}
-
-
 def in_the_wild(args, domains, target: str) -> Task:
     """Train on the base classes of all domains but one; test on that one, over the names of all classes."""
     classes = domains[0].images.classes
-    train, tests = {}, {"hold-out": {}, "source": {}, "total": {}}
+    train, holdout, source, total = {}, {}, {}, {}
     for part, chosen in zip(("base", "new"), common.base_and_new(len(classes), odd_to_base=False)):
+        of_part = lambda images: images.subset(np.flatnonzero(np.isin(images.labels, chosen)))  # noqa: E731
         for index, domain in enumerate(domains):
-            images, balanced = (
-                of and of.subset(np.flatnonzero(np.isin(of.labels, chosen))) for of in (domain.images, domain.balanced)
-            )
-            split = functools.partial(
-                common.domain_split, domain_index=index, part="base" if part == "base" else "open"
-            )
+            images, balanced = of_part(domain.images), domain.balanced and of_part(domain.balanced)
+            split = lambda n: common.domain_split(n, index, part="base" if part == "base" else "open")  # noqa: E731
             if domain.name == target:
                 tested = balanced or images
-                tests["total"][part] = tested.subset(split(len(tested))[0]) if args.protocol == "official" else tested
+                total[part] = tested.subset(split(len(tested))[0]) if args.protocol == "official" else tested
             elif part == "base":
-                held_out, rest = (images.subset(rows) for rows in split(len(images)))
+                holdout[domain.name], rest = (images.subset(rows) for rows in split(len(images)))
                 train[domain.name] = rest.of_classes(chosen)
-                tests["hold-out"][domain.name], tests["source"][domain.name] = held_out, balanced
-    if not domains[0].balanced:
-        del tests["source"]
-    return Task(classes, train, tests)
+                source |= {domain.name: balanced} if balanced else {}
+    return Task(classes, train, {"hold-out": holdout, "source": source, "total": total})
 
 
 def make_task(args, data, target: str, seed: int, preprocess, augment) -> Task:
     if args.task == "in-the-wild":
         task = in_the_wild(args, data, target)
     elif args.task == "open-class":
-        task = open_class(args, data if args.dataset in common.OPEN_CLASS else domain_parts(data, target), target, seed)
+        if args.dataset not in common.OPEN_CLASS:  # one domain as a data set; a real one is tested on what is held out
+            (index, domain), *_ = [(i, domain) for i, domain in enumerate(data) if domain.name == target]
+            held_out, rest = (domain.images.subset(i) for i in common.domain_split(len(domain.images), index))
+            data = {"train": rest, "val": held_out, "test": domain.balanced or held_out}
+        task = open_class(args, data, target, seed)
     else:
         task = imagenet_shift(args, data, seed) if args.dataset == "imagenet" else domain_shift(args, data, target)
     at = lambda sets, transform: {name: replace(images, transform=transform) for name, images in sets.items()}  # noqa: E731
-    return Task(
-        task.classes, at(task.train, augment), {name: at(sets, preprocess) for name, sets in task.tests.items()}
-    )
+    tests = {name: at(sets, preprocess) for name, sets in task.tests.items() if sets}
+    return Task(task.classes, at(task.train, augment), tests)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -406,7 +378,7 @@ def train(visual, task: Task, modes: dict[str, Mode], text, logit_scale: float, 
     Every epoch starts from a random state of its own, so that an interrupted run continues exactly at an epoch's end.
 
     Args: text: features of the training classes, (C, D); state: as yielded, to continue from there, or None.
-    Yields: at the start and after every epoch {mode: model}, the state, the last loss.
+    Yields: at the start and after every epoch {mode: model} and the state, its epoch and last loss included.
     Raises: InputError at a loss or gradient that is not finite, before it reaches the weights or an average.
     """
     loss_name, margin, *_ = next(iter(modes.values()))
@@ -427,26 +399,24 @@ def train(visual, task: Task, modes: dict[str, Mode], text, logit_scale: float, 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, **averages}
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
-
+    # a batch brings the number of each image in place of its label, so that a bad batch can be named
     labels = torch.cat([images.labels for images in task.train.values()]).to(args.device)
     numbers = torch.arange(len(labels)).split([len(images) for images in task.train.values()])
     numbered = {name: replace(images, labels=own) for (name, images), own in zip(task.train.items(), numbers)}
-    loss = torch.tensor(float("nan"))
-    for epoch in range(state["epoch"] if state else 0, args.epochs + 1):
-        yield models, {"epoch": epoch, **{name: part.state_dict() for name, part in parts.items()}}, loss.item()
+
+    first, last_loss = (state["epoch"], state["loss"]) if state else (0, None)
+    for epoch in range(first, args.epochs + 1):
+        yield models, {"epoch": epoch, "loss": last_loss, **{name: part.state_dict() for name, part in parts.items()}}
         if epoch == args.epochs:
             return
-        epoch_seed = seed * 1000 + epoch
-        torch.manual_seed(epoch_seed)  # augmentation
-        batches = common.source_batches(numbered, args.batch_size, epoch_seed, args.workers)
+        torch.manual_seed(seed * 1000 + epoch)  # for augmentation
+        batches = common.source_batches(numbered, args.batch_size, seed * 1000 + epoch, args.workers)
         model.train()
-        for step in tqdm(
-            range(args.steps_per_epoch), desc=f"{'/'.join(modes)} epoch {epoch + 1}", disable=None, leave=False
-        ):
+        for i in tqdm(range(args.steps_per_epoch), f"{'/'.join(modes)} {epoch + 1}", leave=False, disable=None):
             images, number, _ = next(batches)
+            y = labels[number]
             with common.autocast(args.device, args.precision):
                 output = model(images.to(args.device, non_blocking=True))  # (B, D), or (B, C) of the linear classifier
-            y = labels[number]
             if loss_name == "linear":
                 loss = F.cross_entropy(output.float(), y)
             else:
@@ -454,32 +424,21 @@ def train(visual, task: Task, modes: dict[str, Mode], text, logit_scale: float, 
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             size = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
-            if not loss.isfinite() or not (
-                size.isfinite() or scaler.is_enabled()
-            ):  # fp16: the scaler skips such a step
-                where = epoch * args.steps_per_epoch + step + 1
+            if not (loss.isfinite() and (size.isfinite() or scaler.is_enabled())):  # fp16's scaler skips bad gradients
+                names = [image if isinstance(image, str) else f"{domain} {i}"
+                         for domain, images in task.train.items() for i, image in enumerate(images.images)]  # fmt: skip
                 raise common.InputError(
-                    f"step {where} (epoch {epoch + 1}, seed {seed}, learning rate {schedule.get_last_lr()[0]:.3g}): the loss "
-                    f"is {loss.item()}, its gradient's norm {size.item()}; try a lower --lr, or look at the images of this "
-                    f"batch:\n  {describe(task.train, number)}"
+                    f"step {epoch * args.steps_per_epoch + i + 1} (seed {seed}, learning rate "
+                    f"{schedule.get_last_lr()[0]:.3g}): the loss is {loss.item()}, its gradient's norm {size.item()}; "
+                    f"try a lower --lr, or look at this batch: {', '.join(names[k] for k in number)}"
                 )
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
             for average in averages.values():
                 average.update(model)
+        last_loss = loss.item()
         model.eval()
-
-
-def describe(sets: dict[str, common.ImageSet], numbers: torch.Tensor) -> str:
-    """Names of training images: their files, or their place in a domain that lies in memory."""
-    files = lambda images: isinstance(images.images, np.ndarray)  # noqa: E731
-    names = [
-        images.images[i] if files(images) else f"{domain} {i}"
-        for domain, images in sets.items()
-        for i in range(len(images))
-    ]
-    return ", ".join(names[i] for i in numbers)
 
 
 def classifier(model, mode: Mode, known, classes, features, args):
@@ -502,25 +461,20 @@ def classifier(model, mode: Mode, known, classes, features, args):
 
 
 def test(model, mode: Mode, task: Task, features, args) -> dict:
-    """Accuracies of one model: {measure: {"accuracy": ..., details}}.
+    """Accuracy of one model, in [0, 1], in every test of the task whose classes it can name: {test: accuracy}.
 
-    Measures: the task's tests; in the wild also base and new, the parts of `total`; H where there are base and new classes;
-    for ImageNet the average of its shifts.
+    In the wild also base and new, the parts of `total`; with base and new also H; for ImageNet also its shifts' average.
     """
     results, known = {}, next(iter(task.train.values())).classes
     for name, sets in task.tests.items():
         classify = classifier(model, mode, known, next(iter(sets.values())).classes, features, args)
         if classify:
-            results[name] = common.evaluate(classify, sets, args.device, 64, args.workers)
-    if "total" in results:
-        results |= {part: {"accuracy": value} for part, value in results["total"]["per_domain"].items()}
+            result = common.evaluate(classify, sets, args.device, 64, args.workers)
+            results |= {**(result["per_domain"] if name == "total" else {}), name: result["accuracy"]}
     if "base" in results and "new" in results:
-        base, new = results["base"]["accuracy"], results["new"]["accuracy"]
-        results["H"] = {"accuracy": common.harmonic_mean(base, new)}
-    shifted = [results[name]["accuracy"] for name in common.IMAGENET_SHIFTS if name in results]
-    if shifted:
-        results["average OOD"] = {"accuracy": sum(shifted) / len(shifted)}
-    return results
+        results["H"] = common.harmonic_mean(results["base"], results["new"])
+    shifts = [results[name] for name in common.IMAGENET_SHIFTS if name in results]
+    return {**results, "average OOD": sum(shifts) / len(shifts)} if shifts else results
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -554,34 +508,41 @@ def plot_lines(lines: dict[str, dict], x_label: str, path: Path, log: bool = Fal
     for panel, (measure, curves) in zip(axes[0], lines.items()):
         for label, (x, values) in curves.items():
             values = 100 * np.asarray(values).reshape(len(x), -1)
-            panel.errorbar(
-                x, values.mean(1), values.std(1) if values.shape[1] > 1 else None, marker=".", capsize=3, label=label
-            )
+            error = values.std(1, ddof=1) if values.shape[1] > 1 else None
+            panel.errorbar(x, values.mean(1), error, marker=".", capsize=3, label=label)
         panel.set(xlabel=x_label, ylabel="accuracy, %", title=measure, xscale="log" if log else "linear")
     axes[0, -1].legend(fontsize="small")
     save_figure(figure, path)
 
 
+def plot_trajectory(history: list[dict], measures: list[str], path: Path) -> None:
+    """Accuracy of every mode along its trajectory."""
+    modes, lines = list(dict.fromkeys(row["mode"] for row in history)), {}
+    for measure in measures:
+        own = {
+            mode: [(row["step"], row[measure]) for row in history if row["mode"] == mode and measure in row]
+            for mode in modes
+        }
+        lines[measure] = {mode: tuple(zip(*points)) for mode, points in own.items() if points}
+    plot_lines(lines, "step", path)
+
+
 def plot_sweep(args, runs: list[dict], path: Path) -> None:
-    """Accuracy over lambda or beta beside zero-shot: averages over targets, mean and deviation over seeds."""
+    """Accuracy over lambda or beta, and zero-shot: averages over targets, mean and deviation over seeds."""
     curves = {}  # {label: {x: mode}}
     for name, mode in args.modes.items():
-        if args.study == "margin" and mode.loss != "zero-shot":
-            curves.setdefault("MMS + BMA" if mode.average else "MMS", {})[mode.margin] = name
-        elif mode.average == "bma":
-            curves.setdefault("MMS + BMA", {})[mode.value] = name
+        if mode.loss != "zero-shot" and (args.study == "margin" or mode.average == "bma"):
+            x = mode.margin if args.study == "margin" else mode.value
+            curves.setdefault("MMS + BMA" if mode.average else "MMS", {})[x] = name
     ends = [end(x for curve in curves.values() for x in curve) for end in (min, max)]
     curves["zero-shot"] = dict.fromkeys(ends, "zero-shot")
-    lines = {}
-    for measure in (measure for measure in runs[0]["modes"]["zero-shot"] if measure not in ("hold-out", "validation")):
-        lines[measure] = {label: (list(curve), [seed_means(runs, name, measure) for name in curve.values()])
-                          for label, curve in curves.items()}  # fmt: skip
-    symbol = r"$\lambda$" if args.study == "margin" else r"$\beta$"
-    plot_lines(lines, symbol, path, log=args.study == "average")
+    lines = {measure: {label: (list(curve), [seed_means(runs, name, measure) for name in curve.values()])
+                       for label, curve in curves.items()} for measure in runs[0]["modes"]["zero-shot"]}  # fmt: skip
+    plot_lines(lines, r"$\lambda$" if args.study == "margin" else r"$\beta$", path, log=args.study == "average")
 
 
 def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> None:
-    """D(T_y, T_c), classes sorted so that similar ones stand together (by the second eigenvector of the similarities)."""
+    """D(T_y, T_c), similar classes side by side (sorted by the similarities' second eigenvector)."""
     distances = class_distances(class_features.cpu())
     order = torch.linalg.eigh(1 - distances).eigenvectors[:, -2].argsort()
     side = min(9.0, 2.4 + 0.33 * len(order))
@@ -624,11 +585,6 @@ def plot_images(images: common.ImageSet, scores: dict[str, list], scale: float, 
 # ---------------------------------------------------------------------------------------------------
 
 
-def accuracies(results: dict) -> dict:
-    """{mode: {measure: accuracy}} of what `test` returned for every mode."""
-    return {mode: {measure: of["accuracy"] for measure, of in row.items()} for mode, row in results.items()}
-
-
 def seed_means(runs: list[dict], mode: str, measure: str) -> list[float]:
     """Accuracy of a mode averaged over targets, for every seed; [] where it has none."""
     values = {}
@@ -640,30 +596,24 @@ def seed_means(runs: list[dict], mode: str, measure: str) -> list[float]:
 
 def table(title: str, runs: list[dict]) -> str:
     """A row for each mode, a column for each measure: averages over targets, mean ± deviation over seeds."""
-    measures = list(dict.fromkeys(measure for row in runs[0]["modes"].values() for measure in row))
-    rows = {mode: [seed_means(runs, mode, measure) for measure in measures] for mode in runs[0]["modes"]}
-    return common.format_table(
-        title, measures, {mode: [common.percent(v) if v else "-" for v in row] for mode, row in rows.items()}
-    )
+    measures = max(runs[0]["modes"].values(), key=len)
+    cell = lambda values: common.percent(values) if values else "-"  # noqa: E731
+    rows = {mode: [cell(seed_means(runs, mode, measure)) for measure in measures] for mode in runs[0]["modes"]}
+    return common.format_table(title, list(measures), rows)
 
 
 def run(args, target: str, seed: int, task: Task, model, features) -> dict:
-    """Train and test every mode for one target and one seed, write the run's folder. Returns {mode: {measure: accuracy}}."""
+    """Train and test every mode for one target and seed, and write a folder. Returns {mode: {measure: accuracy}}."""
     free = ("output", "resume", "summary", "seeds", "target", "study", "device", "workers", "data_root")
     config = {name: value for name, value in vars(args).items() if name not in free} | {"target": target, "seed": seed}
     config = json.loads(json.dumps(config))  # as it will be read again
-    kind = "" if args.task == "domain-shift" else f"-{args.task}"
-    path = (
-        args.output
-        / "clipood"
-        / (args.study or "")
-        / f"{common.slug(args.dataset)}{kind}-{common.slug(target)}-seed{seed}"
-    )
+    name = [args.dataset, *([] if args.task == "domain-shift" else [args.task]), target, f"seed{seed}"]
+    path = args.output / "clipood" / (args.study or "") / "-".join(map(common.slug, name))
     checkpoint = path.with_name(f"{path.name}.checkpoint")
     saved = common.resume(checkpoint, path / "result.json", config) if args.resume else {}
     if "modes" in saved:
         print(f"{path}/ is complete", flush=True)
-        return accuracies(saved["modes"])
+        return saved["modes"]
     saved = saved or {"settings": config, "results": {}, "scores": {}, "history": [], "training": {}}
     results, scores, history = saved["results"], saved["scores"], saved["history"]
     known, scale = next(iter(task.train.values())).classes, model.logit_scale.exp().item()
@@ -674,22 +624,19 @@ def run(args, target: str, seed: int, task: Task, model, features) -> dict:
         for modes in trainings(args.modes):
             if modes.keys() <= results.keys():
                 continue
-            models, start = {name: model.visual for name in modes}, time.time()
+            models = dict.fromkeys(modes, model.visual)
             if "zero-shot" not in modes:
-                state = saved["training"].get("/".join(modes))
-                for models, state, loss in train(model.visual, task, modes, features(known), scale, args, seed, state):
-                    saved["training"] = {"/".join(modes): state}
-                    common.save_checkpoint(checkpoint, saved)
+                start = saved["training"].get("/".join(modes))
+                for models, state in train(model.visual, task, modes, features(known), scale, args, seed, start):
+                    common.save_checkpoint(checkpoint, {**saved, "training": {"/".join(modes): state}})
                     if args.eval_every and state["epoch"] % args.eval_every == 0:
-                        step = {"step": state["epoch"] * args.steps_per_epoch, "loss": loss}
-                        tested = {name: test(models[name], mode, task, features, args) for name, mode in modes.items()}
-                        history += [{"mode": name, **step, **row} for name, row in accuracies(tested).items()]
+                        for name, mode in modes.items():
+                            row = {"mode": name, "step": state["epoch"] * args.steps_per_epoch, "loss": state["loss"]}
+                            history.append({**row, **test(models[name], mode, task, features, args)})
             for name, mode in modes.items():
                 results[name] = test(models[name], mode, task, features, args)
-                reached = ", ".join(
-                    f"{measure} {100 * value:.1f}" for measure, value in accuracies(results)[name].items()
-                )
-                print(f"{name}: {reached} %, {time.time() - start:.0f} s", flush=True)
+                reached = ", ".join(f"{measure} {100 * value:.1f}" for measure, value in results[name].items())
+                print(f"{name}: {reached} %", flush=True)
                 if name in ("ms", "mms"):
                     classify = classifier(models[name], mode, known, examples.classes, features, args)
                     with torch.no_grad():
@@ -700,46 +647,40 @@ def run(args, target: str, seed: int, task: Task, model, features) -> dict:
         if len(scores) == 2:
             plot_images(examples, scores, scale, folder / "images.png")
         if history:
-            lines = {measure: {} for measure in history[0] if measure in results[name] and measure != "hold-out"}
-            for measure, curves in lines.items():
-                for of in dict.fromkeys(row["mode"] for row in history if measure in row):
-                    curves[of] = zip(*[(row["step"], row[measure]) for row in history if row["mode"] == of])
-            plot_lines(lines, "step", folder / "trajectory.png")
+            plot_trajectory(history, [*task.tests], folder / "trajectory.png")
         if mode.loss == "linear":
             (visual, head), names = visual, known
             text = head.weight.detach()
         common.export_clip(model, folder / "model", text, names, visual)
         common.write_json(folder / "result.json", {"settings": config, "modes": results, "history": history})
     checkpoint.unlink(missing_ok=True)
-    return accuracies(results)
+    return results
 
 
 def main():
     args = settings()
-    place = "drawn here" if args.dataset.startswith("tiny-") else f"from {args.data_root}"
+    tiny, runs, model = args.dataset.startswith("tiny-"), [], None
+    place = "drawn here" if tiny else f"from {args.data_root}"
     print(f"data {args.dataset} ({place}), model {args.model}, device {args.device}, {args.precision}", flush=True)
-    runs, model = [], None
     for seed in args.seeds:
-        if not runs or args.dataset.startswith("tiny-"):  # the others do not depend on the seed
+        if tiny or not runs:  # real data do not depend on the seed
             data, targets = load_data(args, seed)
         if model is None:  # after the data: a missing data set is said before weights are fetched
             model, preprocess, tokenizer = common.load_clip(args.model, args.pretrained, args.device)
-            features = functools.cache(
-                functools.partial(
-                    common.class_features, model, tokenizer, templates=tuple(args.templates), device=args.device
-                )
-            )
             # tiny images are drawn in so many poses that they need no augmentation
-            augment = preprocess if args.dataset.startswith("tiny-") else common.image_transform(model, train=True)
+            augment = preprocess if tiny else common.image_transform(model, train=True)
+            features = functools.cache(
+                lambda names: common.class_features(model, tokenizer, names, args.templates, args.device)
+            )
         for target in targets:
             task = make_task(args, data, target, seed, preprocess, augment)
-            sizes = [f"{of} {len(images)}" for of, images in task.train.items()]
-            sizes += [f"{test} {sum(map(len, sets.values()))}" for test, sets in task.tests.items()]
-            print(f"training images: {', '.join(sizes[: len(task.train)])}; test images: {', '.join(sizes[len(task.train) :])}")
+            train_sizes = [f"{name} {len(images)}" for name, images in task.train.items()]
+            test_sizes = [f"{name} {sum(map(len, sets.values()))}" for name, sets in task.tests.items()]
+            print(f"images to train on: {', '.join(train_sizes)}; to test on: {', '.join(test_sizes)}", flush=True)
             runs.append({"target": target, "seed": seed, "modes": run(args, target, seed, task, model, features)})
-            print(table(f"{args.dataset}, target {target}, seed {seed}, %", runs[-1:]), "\n")
+            print(f"\n{table(f'{args.dataset}, target {target}, seed {seed}, %', runs[-1:])}\n", flush=True)
     if len(runs) > 1:
-        print(table(f"{args.dataset}, {args.task}, average, %", runs))
+        print(table(f"{args.dataset}, {args.task}, {len(targets)} targets, %", runs))
     if args.summary:
         common.write_json(args.summary, {"settings": vars(args), "runs": runs})
     if args.study in ("margin", "average"):
