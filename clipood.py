@@ -34,31 +34,23 @@ import common
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-
-class Defaults(NamedTuple):
-    batch_size: int  # images per source domain in a step
-    lr: float
-    epochs: int
-    margin: float  # lambda
-    beta: float
-    source: str = "published"
-
-
-DEFAULTS = {  # (task, data sets); a data set that is not named has the first row of its task, our choice
-    ("domain-shift", "pacs vlcs terra"): Defaults(12, 5e-6, 10, 0.3, 0.5),
-    ("domain-shift", "officehome"): Defaults(12, 1e-5, 10, 0.3, 0.5),
-    ("domain-shift", "domainnet"): Defaults(12, 1e-5, 20, 0.3, 0.5),
-    ("domain-shift", "imagenet"): Defaults(36, 5e-6, 10, 0.3, 0.5, "our choice"),
-    ("domain-shift", "tiny CLIP"): Defaults(12, 4e-4, 3, 0.3, 0.5, "source hold-out"),
-    ("open-class", "caltech101 oxfordpets oxfordflowers food101 dtd eurosat"): Defaults(36, 5e-6, 1, 0.3, 0.1),
-    ("open-class", "imagenet fgvcaircraft"): Defaults(36, 5e-6, 10, 0.3, 0.1),
-    ("open-class", "stanfordcars sun397"): Defaults(36, 5e-6, 5, 0.3, 0.1),
-    ("open-class", "ucf101"): Defaults(36, 5e-6, 2, 0.3, 0.1),
-    ("open-class", "tiny CLIP"): Defaults(36, 4e-4, 1, 0.3, 0.1, "source hold-out"),
-    ("in-the-wild", "officehome"): Defaults(12, 3e-6, 10, 0.1, 0.1),
-    ("in-the-wild", "domainnet"): Defaults(12, 5e-6, 20, 0.1, 0.5),
-    ("in-the-wild", "tiny CLIP"): Defaults(12, 4e-4, 2, 0.1, 0.1, "source hold-out"),
+# (task, data sets): batch size (images per source domain in a step), learning rate, epochs, lambda, beta, source
+DEFAULTS = {
+    ("domain-shift", "pacs vlcs terra"): (12, 5e-6, 10, 0.3, 0.5, "published"),
+    ("domain-shift", "officehome"): (12, 1e-5, 10, 0.3, 0.5, "published"),
+    ("domain-shift", "domainnet"): (12, 1e-5, 20, 0.3, 0.5, "published"),
+    ("domain-shift", "imagenet"): (36, 5e-6, 10, 0.3, 0.5, "our choice"),
+    ("domain-shift", "tiny CLIP"): (12, 4e-4, 3, 0.3, 0.5, "source hold-out"),
+    ("open-class", "caltech101 oxfordpets oxfordflowers food101 dtd eurosat"): (36, 5e-6, 1, 0.3, 0.1, "published"),
+    ("open-class", "imagenet fgvcaircraft"): (36, 5e-6, 10, 0.3, 0.1, "published"),
+    ("open-class", "stanfordcars sun397"): (36, 5e-6, 5, 0.3, 0.1, "published"),
+    ("open-class", "ucf101"): (36, 5e-6, 2, 0.3, 0.1, "published"),
+    ("open-class", "tiny CLIP"): (36, 4e-4, 1, 0.3, 0.1, "source hold-out"),
+    ("in-the-wild", "officehome"): (12, 3e-6, 10, 0.1, 0.1, "published"),
+    ("in-the-wild", "domainnet"): (12, 5e-6, 20, 0.1, 0.5, "published"),
+    ("in-the-wild", "tiny CLIP"): (12, 4e-4, 2, 0.1, 0.1, "source hold-out"),
 }
+COLUMNS = ["batch_size", "lr", "epochs", "margin", "beta", "source"]
 STUDIES = {
     "loss": "zero-shot linear ms mms",
     "margin": "zero-shot ms ms+bma mms@0.1 mms@0.1+bma mms@0.3 mms@0.3+bma mms@0.5 mms@0.5+bma mms@1 mms@1+bma",
@@ -70,16 +62,16 @@ STUDIES = {
 def settings() -> argparse.Namespace:
     parser = common.common_flags(__doc__)
     rows = {f"{task}: {names}": [str(value) for value in row] for (task, names), row in DEFAULTS.items()}
-    parser.epilog = common.format_table("defaults (other data sets: first row of the task)", Defaults._fields, rows)
+    parser.epilog = common.format_table("defaults (first row of a task: any other data set)", COLUMNS, rows)
     parser.set_defaults(templates=None)
     method = parser.add_argument_group("CLIPood").add_argument
     method("--task", choices=("domain-shift", "open-class", "in-the-wild"),
-           help="unseen domains; unseen classes (few shots of the base classes of one domain or of a set without domains); "
-           "or both (default: domain-shift, without domains open-class)")  # fmt: skip
+           help="unseen domains; unseen classes, from few shots of the base classes of one domain or of a set without "
+           "domains; or both (default: domain-shift; open-class for sets without domains)")  # fmt: skip
     method("--modes", nargs="+", default="zero-shot mms mms+wise-ft mms+bma".split(),
-           help="what to compare: zero-shot, or a loss linear, ms, mms[@LAMBDA], alone or with an average of its "
-           "trajectory +ema[@DECAY], +uniform, +wise-ft[@SHARE], +bma[@BETA]; the last is exported (default: "
-           "zero-shot mms mms+wise-ft mms+bma)")  # fmt: skip
+           help="what to compare, the last one is exported: zero-shot, or a loss linear, ms, mms[@LAMBDA], alone or with "
+           "an average +ema[@DECAY], +uniform, +wise-ft[@SHARE], +bma[@BETA] (default: zero-shot mms mms+wise-ft "
+           "mms+bma)")  # fmt: skip
     method("--study", choices=STUDIES, help="a comparison of Figure 5 in place of --modes, with figures; writes "
            "results/clipood-<study>-<dataset>-<task>.json")  # fmt: skip
     method("--margin", type=float, help="lambda of MMS, Eq. 3 (default: the table below)")
@@ -101,20 +93,16 @@ def settings() -> argparse.Namespace:
     training("--summary", type=Path, help="also write the accuracies of all runs to this JSON file")
     args = common.settle(parser.parse_args())
 
-    known = [*common.TINY_BENCHMARKS, *common.BENCHMARKS, *common.OPEN_CLASS]
-    if args.dataset not in known and not args.dataset.startswith("folder:"):
-        hint = f"{common.did_you_mean(args.dataset, known)} Choose from {', '.join(known)}, or folder:PATH."
-        raise common.InputError(f"unknown data set {args.dataset!r}{hint}")
     parted = args.dataset in common.OPEN_CLASS
     args.task = args.task or ("open-class" if parted and args.dataset != "imagenet" else "domain-shift")
     if parted and args.task != "open-class" and (args.task, args.dataset) != ("domain-shift", "imagenet"):
         raise common.InputError(f"--task {args.task} needs domains, {args.dataset} has none: use --task open-class")
-    rows = [(names, row) for (task, names), row in DEFAULTS.items() if task == args.task]
-    found = [
-        row for names, row in rows if (names if args.model == "tiny" else args.dataset) in ("tiny CLIP", *names.split())
-    ]
-    for name, value in (found or [rows[0][1]])[0]._asdict().items():
-        if getattr(args, name, None) is None and name != "source":
+    rows = {
+        name: row for (task, names), row in DEFAULTS.items() if task == args.task for name in (names, *names.split())
+    }
+    row = rows["tiny CLIP"] if args.model == "tiny" else rows.get(args.dataset, next(iter(rows.values())))
+    for name, value in zip(COLUMNS[:-1], row):
+        if getattr(args, name) is None:
             setattr(args, name, value)
     tiny = args.model == "tiny"
     args.ema = (0.99 if tiny else 0.999) if args.ema is None else args.ema
@@ -240,12 +228,8 @@ def average_shares(average: str, value: float, steps: int) -> torch.Tensor:
         return weights[1:] / weights.cumsum(0)[1:]
     if not 0 <= value <= 1:
         raise ValueError(f"the number of {average} must be between 0 and 1, got {value}")
-    if average == "uniform":
-        return 1 / torch.arange(1, steps + 1, dtype=torch.float64)
-    shares = torch.full((steps,), 1 - value if average == "ema" else 0.0, dtype=torch.float64)
-    if average == "wise-ft":
-        shares[-1] = value
-    return shares
+    t = torch.arange(1, steps + 1, dtype=torch.float64)
+    return {"ema": torch.full_like(t, 1 - value), "uniform": 1 / t, "wise-ft": value * (t == steps)}[average]
 
 
 class BetaMovingAverage(nn.Module):
@@ -297,7 +281,7 @@ class Task:
 def load_data(args, seed: int):
     """The images of --dataset, {part: set} or a list of domains, and the targets that --target names."""
     if args.dataset not in common.OPEN_CLASS:
-        domains = common.load_domains(args.dataset, args.data_root, seed, args.cue)
+        domains = common.load_domains(args.dataset, args.data_root, seed, args.cue, also=common.OPEN_CLASS)
         return domains, common.choose_targets(args.target, [domain.name for domain in domains])
     data = common.load_parts(args.dataset, args.data_root)
     if args.task == "domain-shift":
@@ -314,13 +298,6 @@ def domain_shift(args, domains, target: str) -> Task:
         split.target[target] = images.subset(common.domain_split(len(images), index)[0])
     tests = {"hold-out": split.holdout, "source": source, "target": split.target}
     return Task(domains[0].images.classes, split.train, tests)
-
-
-def imagenet_shift(args, data: dict, seed: int) -> Task:
-    """Train on a few shots of every class of ImageNet, test on its validation set and on four sets that shift it."""
-    train = common.few_shot(data["train"], args.shots, seed)
-    tests = {"imagenet": data["test"], **{name: data[name] for name in common.IMAGENET_SHIFTS}}
-    return Task(train.classes, {"imagenet": train}, {name: {name: images} for name, images in tests.items()})
 
 
 def open_class(args, parts: dict, name: str, seed: int) -> Task:
@@ -352,16 +329,21 @@ def in_the_wild(args, domains, target: str) -> Task:
 
 
 def make_task(args, data, target: str, seed: int, preprocess, augment) -> Task:
+    """The task of --task; `augment` is the transform of training images, `preprocess` that of all others."""
     if args.task == "in-the-wild":
         task = in_the_wild(args, data, target)
-    elif args.task == "open-class":
+    elif args.task == "domain-shift" and args.dataset != "imagenet":
+        task = domain_shift(args, data, target)
+    elif args.task == "domain-shift":  # train on a few shots of all classes, test on the validation set and its shifts
+        train = common.few_shot(data["train"], args.shots, seed)
+        tests = {"imagenet": data["test"], **{name: data[name] for name in common.IMAGENET_SHIFTS}}
+        task = Task(train.classes, {"imagenet": train}, {name: {name: images} for name, images in tests.items()})
+    else:
         if args.dataset not in common.OPEN_CLASS:  # one domain as a data set; a real one is tested on what is held out
             (index, domain), *_ = [(i, domain) for i, domain in enumerate(data) if domain.name == target]
             held_out, rest = (domain.images.subset(i) for i in common.domain_split(len(domain.images), index))
             data = {"train": rest, "val": held_out, "test": domain.balanced or held_out}
         task = open_class(args, data, target, seed)
-    else:
-        task = imagenet_shift(args, data, seed) if args.dataset == "imagenet" else domain_shift(args, data, target)
     at = lambda sets, transform: {name: replace(images, transform=transform) for name, images in sets.items()}  # noqa: E731
     tests = {name: at(sets, preprocess) for name, sets in task.tests.items() if sets}
     return Task(task.classes, at(task.train, augment), tests)
@@ -372,8 +354,8 @@ def make_task(args, data, target: str, seed: int, preprocess, augment) -> Task:
 # ---------------------------------------------------------------------------------------------------
 
 
-def train(visual, task: Task, modes: dict[str, Mode], text, logit_scale: float, args, seed: int, state: dict | None):
-    """Fine-tune a copy of the image tower with the one loss of `modes`; all their averages run along.
+def train(clip, task: Task, modes: dict[str, Mode], text, args, seed: int, state: dict | None = None):
+    """Fine-tune a copy of CLIP's image tower with the one loss of `modes`; all their averages run along.
 
     Every epoch starts from a random state of its own, so that an interrupted run continues exactly at an epoch's end.
 
@@ -383,10 +365,11 @@ def train(visual, task: Task, modes: dict[str, Mode], text, logit_scale: float, 
     """
     loss_name, margin, *_ = next(iter(modes.values()))
     torch.manual_seed(seed)
-    model = copy.deepcopy(visual).requires_grad_(True)
+    model = copy.deepcopy(clip.visual).requires_grad_(True)
+    logit_scale = clip.logit_scale.exp().item()  # 1 / tau
     groups = [{"params": list(model.parameters())}]
-    if loss_name == "linear":  # Eq. 1; without a bias its rows can take the place of class features
-        head = nn.Linear(text.shape[1], len(text), bias=False, device=text.device)
+    if loss_name == "linear":  # Eq. 1
+        head = nn.Linear(text.shape[1], len(text), device=text.device)
         groups.append({"params": list(head.parameters()), "lr": args.head_lr})
         model = nn.Sequential(model, head)
     steps = args.epochs * args.steps_per_epoch
@@ -428,8 +411,8 @@ def train(visual, task: Task, modes: dict[str, Mode], text, logit_scale: float, 
                 names = [image if isinstance(image, str) else f"{domain} {i}"
                          for domain, images in task.train.items() for i, image in enumerate(images.images)]  # fmt: skip
                 raise common.InputError(
-                    f"step {epoch * args.steps_per_epoch + i + 1} (seed {seed}, learning rate "
-                    f"{schedule.get_last_lr()[0]:.3g}): the loss is {loss.item()}, its gradient's norm {size.item()}; "
+                    f"step {epoch * args.steps_per_epoch + i + 1} of seed {seed}, learning rate "
+                    f"{schedule.get_last_lr()[0]:.3g}: the loss is {loss.item()}, its gradient's norm {size.item()}; "
                     f"try a lower --lr, or look at this batch: {', '.join(names[k] for k in number)}"
                 )
             scaler.step(optimizer)
@@ -449,21 +432,19 @@ def classifier(model, mode: Mode, known, classes, features, args):
     if mode.loss != "linear":
         return common.clip_classifier(model, features(classes), args.precision)
     columns = [known.index(name) if name in known else -1 for name in classes]
-    if max(columns) < 0:
-        return None
 
     def classify(images):
         with common.autocast(args.device, args.precision):
-            scores = model(images).float()
-        return F.pad(scores, (0, 1), value=-torch.inf)[:, columns]
+            scores = model(images)
+        return F.pad(scores.float(), (0, 1), value=-torch.inf)[:, columns]
 
-    return classify
+    return classify if max(columns) >= 0 else None
 
 
 def test(model, mode: Mode, task: Task, features, args) -> dict:
-    """Accuracy of one model, in [0, 1], in every test of the task whose classes it can name: {test: accuracy}.
+    """Accuracy of one model, in [0, 1], in every test whose classes it can name: {test: accuracy}.
 
-    In the wild also base and new, the parts of `total`; with base and new also H; for ImageNet also its shifts' average.
+    In the wild also base and new, the parts of `total`; with both also H; for ImageNet also its shifts' average.
     """
     results, known = {}, next(iter(task.train.values())).classes
     for name, sets in task.tests.items():
@@ -487,58 +468,56 @@ def save_figure(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_averages(steps: int, ema: float, beta: float, path: Path) -> None:
-    """Figure 4: what every theta_t weighs in the final average, and how the share of theta_0 develops."""
-    averages = {f"EMA, decay {ema:g}": ("ema", ema), f"BMA, beta {beta:g}": ("bma", beta), "BMA, beta 1": ("bma", 1.0)}
-    figure, (final, start) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for label, (average, value) in averages.items():
-        kept = 1 - average_shares(average, value, steps)  # what is kept of the average at step t
-        start.plot(range(steps + 1), [1, *kept.cumprod(0)], label=label)
-        later = torch.cat([kept.flip(0).cumprod(0).flip(0), torch.ones(1)])  # product over k > t
-        final.plot(range(steps + 1), torch.cat([torch.ones(1), 1 - kept]) * later, label=label)
-    final.set(yscale="log", xlabel="t", ylabel=r"weight of $\theta_t$", title=f"in the average after {steps} steps")
-    start.set(yscale="log", xlabel="t", ylabel=r"weight of $\theta_0$", title="of the zero-shot model over time")
-    start.legend()
-    save_figure(figure, path)
-
-
-def plot_lines(lines: dict[str, dict], x_label: str, path: Path, log: bool = False) -> None:
-    """A panel for each measure. lines: {measure: {label: (x, accuracies (n,) or (n, seeds))}}."""
-    figure, axes = plt.subplots(1, len(lines), figsize=(4.5 * len(lines), 3.4), layout="constrained", squeeze=False)
-    for panel, (measure, curves) in zip(axes[0], lines.items()):
-        for label, (x, values) in curves.items():
-            values = 100 * np.asarray(values).reshape(len(x), -1)
-            error = values.std(1, ddof=1) if values.shape[1] > 1 else None
-            panel.errorbar(x, values.mean(1), error, marker=".", capsize=3, label=label)
-        panel.set(xlabel=x_label, ylabel="accuracy, %", title=measure, xscale="log" if log else "linear")
+def plot_lines(panels: dict[str, dict], x_label: str, y_label: str, path: Path, **scales) -> None:
+    """A panel for each title of {title: {label: (x, y)}} with y (n,), or (n, seeds) for mean and deviation."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for panel, (title, curves) in zip(axes[0], panels.items()):
+        for label, (x, y) in curves.items():
+            y = np.asarray(y).reshape(len(x), -1)
+            error = y.std(1, ddof=1) if y.shape[1] > 1 else None
+            panel.errorbar(x, y.mean(1), error, marker="." if len(x) < 50 else "", capsize=3, label=label)
+        panel.set(title=title, xlabel=x_label, ylabel=y_label, **scales)
     axes[0, -1].legend(fontsize="small")
     save_figure(figure, path)
 
 
+def plot_averages(steps: int, ema: float, beta: float, path: Path) -> None:
+    """Figure 4: what every theta_t weighs in the final average, and how the share of theta_0 develops."""
+    final, start, t = {}, {}, range(steps + 1)
+    for label, average, value in ((f"EMA {ema:g}", "ema", ema), (f"BMA {beta:g}", "bma", beta), ("BMA 1", "bma", 1.0)):
+        shares = torch.cat([torch.ones(1), average_shares(average, value, steps)])
+        later = torch.cat([1 - shares[1:], torch.ones(1)]).flip(0).cumprod(0).flip(0)  # product of 1 - s_k over k > t
+        final[label], start[label] = (t, shares * later), (t, [1, *(1 - shares[1:]).cumprod(0)])
+    panels = {
+        rf"$\theta_t$ in the average after {steps} steps": final,
+        r"$\theta_0$ in the average after t steps": start,
+    }
+    plot_lines(panels, "t", "weight", path, yscale="log")
+
+
 def plot_trajectory(history: list[dict], measures: list[str], path: Path) -> None:
     """Accuracy of every mode along its trajectory."""
-    modes, lines = list(dict.fromkeys(row["mode"] for row in history)), {}
-    for measure in measures:
-        own = {
-            mode: [(row["step"], row[measure]) for row in history if row["mode"] == mode and measure in row]
-            for mode in modes
-        }
-        lines[measure] = {mode: tuple(zip(*points)) for mode, points in own.items() if points}
-    plot_lines(lines, "step", path)
+    panels = {measure: {} for measure in measures}
+    for measure, curves in panels.items():
+        for mode in dict.fromkeys(row["mode"] for row in history if measure in row):
+            rows = [row for row in history if row["mode"] == mode]
+            curves[mode] = [row["step"] for row in rows], [100 * row[measure] for row in rows]
+    plot_lines(panels, "step", "accuracy, %", path)
 
 
 def plot_sweep(args, runs: list[dict], path: Path) -> None:
     """Accuracy over lambda or beta, and zero-shot: averages over targets, mean and deviation over seeds."""
-    curves = {}  # {label: {x: mode}}
+    curves, margin = {}, args.study == "margin"  # {label: {x: mode}}
     for name, mode in args.modes.items():
-        if mode.loss != "zero-shot" and (args.study == "margin" or mode.average == "bma"):
-            x = mode.margin if args.study == "margin" else mode.value
-            curves.setdefault("MMS + BMA" if mode.average else "MMS", {})[x] = name
+        if mode.loss != "zero-shot" and (margin or mode.average == "bma"):
+            curves.setdefault("MMS + BMA" if mode.average else "MMS", {})[mode.margin if margin else mode.value] = name
     ends = [end(x for curve in curves.values() for x in curve) for end in (min, max)]
     curves["zero-shot"] = dict.fromkeys(ends, "zero-shot")
-    lines = {measure: {label: (list(curve), [seed_means(runs, name, measure) for name in curve.values()])
-                       for label, curve in curves.items()} for measure in runs[0]["modes"]["zero-shot"]}  # fmt: skip
-    plot_lines(lines, r"$\lambda$" if args.study == "margin" else r"$\beta$", path, log=args.study == "average")
+    y = lambda curve, measure: [100 * np.array(common.seed_means(runs, name, measure)) for name in curve.values()]  # noqa: E731
+    panels = {measure: {label: (list(curve), y(curve, measure)) for label, curve in curves.items()}
+              for measure in runs[0]["modes"]["zero-shot"]}  # fmt: skip
+    x_label = r"$\lambda$" if margin else r"$\beta$"
+    plot_lines(panels, x_label, "accuracy, %", path, xscale="linear" if margin else "log")
 
 
 def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> None:
@@ -547,11 +526,10 @@ def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> Non
     order = torch.linalg.eigh(1 - distances).eigenvectors[:, -2].argsort()
     side = min(9.0, 2.4 + 0.33 * len(order))
     figure, axes = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
-    image = axes.imshow(distances[order][:, order], cmap="viridis")
-    if len(order) <= 70:
-        names = [class_names[i].replace("_", " ") for i in order]
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+    image = axes.imshow(distances[order][:, order])
+    names = [class_names[i].replace("_", " ") for i in order] if len(order) <= 70 else []  # more cannot be read
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
     axes.set_title(r"$D(T_y, T_c)$: the margin is $\lambda$ times this")
     figure.colorbar(image, shrink=0.7)
     save_figure(figure, path)
@@ -585,23 +563,6 @@ def plot_images(images: common.ImageSet, scores: dict[str, list], scale: float, 
 # ---------------------------------------------------------------------------------------------------
 
 
-def seed_means(runs: list[dict], mode: str, measure: str) -> list[float]:
-    """Accuracy of a mode averaged over targets, for every seed; [] where it has none."""
-    values = {}
-    for run in runs:
-        if measure in run["modes"][mode]:
-            values.setdefault(run["seed"], []).append(run["modes"][mode][measure])
-    return [float(np.mean(own)) for own in values.values()]
-
-
-def table(title: str, runs: list[dict]) -> str:
-    """A row for each mode, a column for each measure: averages over targets, mean ± deviation over seeds."""
-    measures = max(runs[0]["modes"].values(), key=len)
-    cell = lambda values: common.percent(values) if values else "-"  # noqa: E731
-    rows = {mode: [cell(seed_means(runs, mode, measure)) for measure in measures] for mode in runs[0]["modes"]}
-    return common.format_table(title, list(measures), rows)
-
-
 def run(args, target: str, seed: int, task: Task, model, features) -> dict:
     """Train and test every mode for one target and seed, and write a folder. Returns {mode: {measure: accuracy}}."""
     free = ("output", "resume", "summary", "seeds", "target", "study", "device", "workers", "data_root")
@@ -616,7 +577,7 @@ def run(args, target: str, seed: int, task: Task, model, features) -> dict:
         return saved["modes"]
     saved = saved or {"settings": config, "results": {}, "scores": {}, "history": [], "training": {}}
     results, scores, history = saved["results"], saved["scores"], saved["history"]
-    known, scale = next(iter(task.train.values())).classes, model.logit_scale.exp().item()
+    known = next(iter(task.train.values())).classes
     *_, examples = [images for sets in task.tests.values() for images in sets.values()]  # of the last test
     examples = examples.subset(np.linspace(0, len(examples) - 1, min(60, len(examples))))
 
@@ -627,7 +588,7 @@ def run(args, target: str, seed: int, task: Task, model, features) -> dict:
             models = dict.fromkeys(modes, model.visual)
             if "zero-shot" not in modes:
                 start = saved["training"].get("/".join(modes))
-                for models, state in train(model.visual, task, modes, features(known), scale, args, seed, start):
+                for models, state in train(model, task, modes, features(known), args, seed, start):
                     common.save_checkpoint(checkpoint, {**saved, "training": {"/".join(modes): state}})
                     if args.eval_every and state["epoch"] % args.eval_every == 0:
                         for name, mode in modes.items():
@@ -641,17 +602,14 @@ def run(args, target: str, seed: int, task: Task, model, features) -> dict:
                     classify = classifier(models[name], mode, known, examples.classes, features, args)
                     with torch.no_grad():
                         scores[name] = classify(examples.__getitems__(range(len(examples)))[0].to(args.device)).cpu()
-        visual, text, names = models[name], features(task.classes), task.classes
-        plot_distances(text, names, folder / "distances.png")
+        plot_distances(features(task.classes), task.classes, folder / "distances.png")
         plot_averages(args.epochs * args.steps_per_epoch, args.ema, args.beta, folder / "averages.png")
         if len(scores) == 2:
-            plot_images(examples, scores, scale, folder / "images.png")
+            plot_images(examples, scores, model.logit_scale.exp().item(), folder / "images.png")
         if history:
             plot_trajectory(history, [*task.tests], folder / "trajectory.png")
-        if mode.loss == "linear":
-            (visual, head), names = visual, known
-            text = head.weight.detach()
-        common.export_clip(model, folder / "model", text, names, visual)
+        if mode.loss != "linear":  # which is no CLIP
+            common.export_clip(model, folder / "model", features(task.classes), task.classes, models[name])
         common.write_json(folder / "result.json", {"settings": config, "modes": results, "history": history})
     checkpoint.unlink(missing_ok=True)
     return results
@@ -674,13 +632,15 @@ def main():
             )
         for target in targets:
             task = make_task(args, data, target, seed, preprocess, augment)
-            train_sizes = [f"{name} {len(images)}" for name, images in task.train.items()]
-            test_sizes = [f"{name} {sum(map(len, sets.values()))}" for name, sets in task.tests.items()]
-            print(f"images to train on: {', '.join(train_sizes)}; to test on: {', '.join(test_sizes)}", flush=True)
+            sizes = ", ".join(f"{name} {len(images)}" for name, images in task.train.items())
+            print(f"target {target}, seed {seed}: training images {sizes}", flush=True)
             runs.append({"target": target, "seed": seed, "modes": run(args, target, seed, task, model, features)})
-            print(f"\n{table(f'{args.dataset}, target {target}, seed {seed}, %', runs[-1:])}\n", flush=True)
+            print(
+                f"\n{common.measures_table(f'{args.dataset}, target {target}, seed {seed}, %', runs[-1:])}\n",
+                flush=True,
+            )
     if len(runs) > 1:
-        print(table(f"{args.dataset}, {args.task}, {len(targets)} targets, %", runs))
+        print(common.measures_table(f"{args.dataset}, {args.task}, {len(targets)} targets, %", runs))
     if args.summary:
         common.write_json(args.summary, {"settings": vars(args), "runs": runs})
     if args.study in ("margin", "average"):

@@ -135,7 +135,7 @@ BENCHMARKS = {
 TINY_BENCHMARKS = {"tiny-pacs": (PACS_CLASSES, 160, 80), "tiny-office": (OFFICE_CLASSES, 80, 40)}
 
 
-def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float = 0.4) -> list[Domain]:
+def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float = 0.4, also=()) -> list[Domain]:
     """Read every domain of a benchmark, sorted by name.
 
     Args:
@@ -143,6 +143,7 @@ def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float
         root: the folder that holds the benchmarks' folders; not used by tiny sets.
         seed, cue: of the tiny sets: which images are drawn, and how often (0 ... 1) the background of a training image is its
             class's own; 1/8 is independence.
+        also: names of other data sets, for the message about an unknown one.
     Raises: InputError for an unknown name, a missing or empty folder, a class missing in one domain, a cue outside [0, 1].
     """
     if name in TINY_BENCHMARKS:
@@ -160,8 +161,8 @@ def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float
             layout = f"{path}/<domain>/<class>/<image>, domains {', '.join(benchmark.domains)}"
             raise missing(name, path, layout, benchmark.source, root, benchmark.stand_in)
         return read_folders(path, benchmark.domains)
-    raise InputError(f"unknown data set {name!r}{did_you_mean(name, [*BENCHMARKS, *TINY_BENCHMARKS])} "
-                     f"Choose from {', '.join([*TINY_BENCHMARKS, *BENCHMARKS])}, or folder:PATH.")  # fmt: skip
+    raise InputError(f"unknown data set {name!r}{did_you_mean(name, [*BENCHMARKS, *TINY_BENCHMARKS, *also])} "
+                     f"Choose from {', '.join([*TINY_BENCHMARKS, *BENCHMARKS, *also])}, or folder:PATH.")  # fmt: skip
 
 
 def missing(name: str, path: Path, layout: str, source: str, root, stand_in: str) -> InputError:
@@ -762,15 +763,11 @@ def run_folder(path: Path):
 def save_checkpoint(path: Path, state: dict) -> None:
     """Replace a checkpoint in one go: whoever is killed while writing leaves the one before intact."""
     partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write the checkpoint {path} ({error}); choose another place with --output") from None
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def resume(checkpoint: Path, result: Path, settings: dict) -> dict:
@@ -780,12 +777,14 @@ def resume(checkpoint: Path, result: Path, settings: dict) -> dict:
     """
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    elif result.exists():
+        saved = json.loads(result.read_text())
     else:
-        saved = json.loads(result.read_text()) if result.exists() else {"settings": settings}
+        return {}
     changed = [f"{key} {saved['settings'].get(key)!r}, now {value!r}" for key, value in settings.items() if saved["settings"].get(key) != value]
     if changed:
-        raise InputError(f"--resume: {checkpoint if checkpoint.exists() else result} was made with other settings ({'; '.join(changed)}); "
-                         "give those, or leave --resume out to start anew")  # fmt: skip
+        where = checkpoint if checkpoint.exists() else result.parent
+        raise InputError(f"--resume: {where} has other settings ({'; '.join(changed)}); give those, or leave --resume out to start anew")
     return saved
 
 
@@ -828,6 +827,22 @@ def summary_table(title: str, modes: list[str], runs: list[dict], measure=lambda
         columns = [[accuracy[target, seed] for seed in seeds] for target in targets]
         rows[mode] = [percent(column) for column in [*columns, np.mean(columns, axis=0)]]
     return format_table(title, [*targets, "average"], rows)
+
+
+def seed_means(runs: list[dict], mode: str, measure: str) -> list[float]:
+    """Accuracy of a mode averaged over targets, for every seed; [] where it has none. runs: as in `measures_table`."""
+    of_seed = {run["seed"]: [] for run in runs if measure in run["modes"][mode]}
+    for run in runs:
+        of_seed.get(run["seed"], []).append(run["modes"][mode].get(measure))
+    return [float(np.mean(values)) for values in of_seed.values()]
+
+
+def measures_table(title: str, runs: list[dict]) -> str:
+    """A row for each mode, a column for each measure, of runs {"seed", "modes": {mode: {measure: accuracy}}}: averages over the
+    runs of a seed, mean ± deviation over seeds; - where a mode lacks a measure."""
+    measures = list(max(runs[0]["modes"].values(), key=len))
+    rows = {mode: [seed_means(runs, mode, measure) for measure in measures] for mode in runs[0]["modes"]}
+    return format_table(title, measures, {mode: [percent(v) if v else "-" for v in row] for mode, row in rows.items()})
 
 
 def slug(text: str) -> str:
