@@ -296,12 +296,15 @@ def load_parts(name: str, root: str | Path = "data") -> dict[str, ImageSet]:
             for part, items in parts.items()}  # fmt: skip
 
 
-def few_shot(images: ImageSet, shots: int, seed: int) -> ImageSet:
-    """`shots` images of every class, drawn by `seed` without replacement; all of a class that has fewer, which is printed."""
+def few_shot(images: ImageSet, shots: int, seed: int, none_ok: bool = False) -> ImageSet:
+    """`shots` images of every class, drawn by `seed` without replacement; all of a class that has fewer, which is printed.
+
+    Raises: InputError for a class without images, unless `none_ok`.
+    """
     rng, chosen = tiny_rng(seed, "few shots"), []
     for label, name in enumerate(images.classes):
         own = np.flatnonzero(images.labels == label)
-        if not len(own):
+        if not len(own) and not none_ok:
             raise InputError(f"there is no image of class {name!r} to draw {shots} shots from")
         if len(own) < shots:
             print(f"class {name!r} has only {len(own)} images, fewer than {shots} shots: all are used", flush=True)
@@ -773,8 +776,11 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def resume(checkpoint: Path, result: Path, settings: dict) -> dict:
     """What `save_checkpoint` stored of an interrupted run, else the JSON `result` of a complete one, else {}.
 
+    Folders that `run_folder` could not clear, because the run was killed, are cleared.
     Raises: InputError if its entry "settings" differs from `settings`.
     """
+    for orphan in checkpoint.parent.glob(f".{result.parent.name}-*"):
+        shutil.rmtree(orphan)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     elif result.exists():

@@ -1,10 +1,12 @@
-"""CLIPood against explicit sums, slow loops, closed forms and finite differences; its data sets, its command, its resume."""
+"""CLIPood against explicit sums, slow loops, closed forms, finite differences; its data, its command, its resume."""
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +72,11 @@ def test_margin_of_float32_features_is_symmetric_and_zero_for_the_class_itself()
 
 
 def test_margin_metric_softmax_refuses_bad_input():
-    for images, classes, margin in ((unit(2, 4), unit(3, 5), 0.3), (unit(2, 4), unit(3, 4), -0.1), (unit(4), unit(3, 4), 0)):
+    for images, classes, margin in (
+        (unit(2, 4), unit(3, 5), 0.3),
+        (unit(2, 4), unit(3, 4), -0.1),
+        (unit(4), unit(3, 4), 0),
+    ):
         with pytest.raises(ValueError, match="margin"):
             margin_metric_softmax(images, classes, torch.zeros(2, dtype=torch.long), 10, margin)
 
@@ -218,7 +224,18 @@ def test_modes_are_read():
         "mms+uniform": ("mms", 0.3, "uniform", 0),
     }.items():
         assert clipood.read_mode(text, FLAGS) == mode
-    for wrong in ("mmd", "ms@0.3", "mms@-1", "mms@nan", "mms+bma@0", "mms+ema@1.5", "zero-shot+bma", "mms+swa", "mms+ema@x", ""):
+    for wrong in (
+        "mmd",
+        "ms@0.3",
+        "mms@-1",
+        "mms@nan",
+        "mms+bma@0",
+        "mms+ema@1.5",
+        "zero-shot+bma",
+        "mms+swa",
+        "mms+ema@x",
+        "",
+    ):
         with pytest.raises(common.InputError, match="cannot read"):
             clipood.read_mode(wrong, FLAGS)
 
@@ -226,8 +243,8 @@ def test_modes_are_read():
 def test_modes_of_one_loss_share_a_training_and_the_last_comes_last():
     names = ["mms", "linear", "ms", "ms+bma", "mms@0.3+ema", "mms@0.5", "ms+ema", "zero-shot", "mms+bma"]
     groups = clipood.trainings({name: clipood.read_mode(name, FLAGS) for name in names})
-    assert [list(group) for group in groups] == [
-        ["linear"], ["mms@0.5"], ["ms", "ms+bma", "ms+ema"], ["zero-shot"], ["mms", "mms@0.3+ema", "mms+bma"]]  # fmt: skip
+    expected = "linear, mms@0.5, ms ms+bma ms+ema, zero-shot, mms mms@0.3+ema mms+bma"
+    assert ", ".join(" ".join(group) for group in groups) == expected
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -371,9 +388,17 @@ def test_imagenet_readers(imagenet):
     [
         ("dtd", None, ("'dtd' is not in", "DescribableTextures", "CoOp", "--data-root", "tiny-office")),
         ("caltech101", lambda f: (f / "split_zhou_Caltech101.json").unlink(), ("FileNotFoundError", "split_zhou")),
-        ("caltech101", lambda f: (f / "split_zhou_Caltech101.json").write_text("{"), ("cannot read", "JSONDecodeError")),
+        (
+            "caltech101",
+            lambda f: (f / "split_zhou_Caltech101.json").write_text("{"),
+            ("cannot read", "JSONDecodeError"),
+        ),
         ("caltech101", lambda f: (f / "split_zhou_Caltech101.json").write_text('{"train": []}'), ("KeyError", "val")),
-        ("caltech101", lambda f: (f / "101_ObjectCategories").rename(f / "other"), ("no image", "101_ObjectCategories")),
+        (
+            "caltech101",
+            lambda f: (f / "101_ObjectCategories").rename(f / "other"),
+            ("no image", "101_ObjectCategories"),
+        ),
     ],
 )
 def test_damaged_open_class_set_is_one_clear_error(caltech, name, harm, words):
@@ -388,3 +413,403 @@ def test_damaged_imagenet_is_one_clear_error(imagenet):
     (imagenet / "imagenet" / "images" / "val" / "n01440764").rename(imagenet / "gone")
     with pytest.raises(common.InputError, match="train has folders of 12 classes, val of 11"):
         common.load_parts("imagenet", imagenet)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tasks, training, testing
+# ---------------------------------------------------------------------------------------------------
+
+
+def flags(arguments=""):
+    """The settings of a command line."""
+    argv, sys.argv = sys.argv, ["clipood.py", *arguments.split()]
+    try:
+        return clipood.settings()
+    finally:
+        sys.argv = argv
+
+
+def toy_domains(names=("a", "b", "c"), classes=5, per_class=10, balanced=False):
+    """Domains whose every pixel tells its domain, class and place: value = 64 * domain + 10 * class + place."""
+    domains = []
+    for index, name in enumerate(names):
+        labels = torch.arange(classes).repeat_interleave(per_class)
+        values = (64 * index + per_class * labels + torch.arange(per_class).repeat(classes)).to(torch.uint8)
+        pixels = values.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        images = common.ImageSet(pixels, labels, tuple("vwxyz"[:classes]))
+        domains.append(common.Domain(name, images, images.subset(range(0, len(labels), 2)) if balanced else None))
+    return domains
+
+
+def values(images):
+    return images.images[:, 0, 0, 0].tolist()
+
+
+def test_domain_shift_task():
+    args, domains = flags("--dataset pacs"), toy_domains()
+    task = clipood.make_task(args, domains, "b", 0, "test", "train")
+    assert list(task.train) == ["a", "c"] and all(images.transform == "train" for images in task.train.values())
+    assert list(task.tests) == ["hold-out", "target"] and values(task.tests["target"]["b"]) == list(range(64, 114))
+    assert task.tests["target"]["b"].transform == "test"
+    assert sorted(values(task.train["c"]) + values(task.tests["hold-out"]["c"])) == list(range(128, 178))
+    official = clipood.make_task(flags("--dataset pacs --protocol official"), domains, "b", 0, None, None)
+    held_out = common.domain_split(50, 1)[0]
+    assert values(official.tests["target"]["b"]) == [64 + i for i in held_out] and len(held_out) == 10
+    tiny = clipood.make_task(args, toy_domains(balanced=True), "b", 0, None, None)
+    assert list(tiny.tests) == ["hold-out", "source", "target"] and len(tiny.tests["target"]["b"]) == 25
+
+
+def test_in_the_wild_task():
+    """Five classes: two base, three new. Nothing new and nothing of the target is trained on."""
+    task = clipood.make_task(flags("--dataset officehome --task in-the-wild"), toy_domains(), "c", 0, None, None)
+    assert list(task.train) == ["a", "b"] and task.train["a"].classes == ("v", "w")
+    held_out, rest = common.domain_split(20, 1, part="base")
+    assert values(task.train["b"]) == [64 + i for i in rest]
+    assert values(task.tests["hold-out"]["b"]) == [64 + i for i in held_out]
+    assert list(task.tests) == ["hold-out", "total"] and list(task.tests["total"]) == ["base", "new"]
+    assert values(task.tests["total"]["base"]) == list(range(128, 148))
+    assert values(task.tests["total"]["new"]) == list(range(148, 178))
+    assert task.tests["total"]["new"].labels.min() == 2  # scored over the names of all classes
+    assert {images.classes for images in task.tests["total"].values()} == {tuple("vwxyz")}
+    official = flags("--dataset officehome --task in-the-wild --protocol official")
+    task = clipood.make_task(official, toy_domains(), "c", 0, None, None)
+    assert values(task.tests["total"]["new"]) == [148 + i for i in common.domain_split(30, 2, part="open")[0]]
+
+
+def test_base_and_open_parts_have_splits_of_their_own():
+    first, second, plain = (common.domain_split(30, 2, part=part)[0].tolist() for part in ("base", "open", ""))
+    assert first != second != plain != first
+    seed = int(hashlib.md5(b"(0, 2, 'open')").hexdigest(), 16) % 2**31
+    order = list(range(30))
+    np.random.RandomState(seed).shuffle(order)
+    assert second == order[:6]
+
+
+def test_open_class_task():
+    """Five classes: three base, two new; four validation images of each."""
+    args = flags("--dataset folder:nowhere --task open-class --shots 5")
+    task = clipood.make_task(args, toy_domains(), "b", 7, None, None)
+    assert list(task.train) == ["b"] and task.train["b"].classes == ("v", "w", "x")
+    assert task.train["b"].labels.bincount().tolist() == [5, 5, 5]
+    tests = {name: sets["b"] for name, sets in task.tests.items()}
+    assert tests["base"].classes == ("v", "w", "x") and tests["new"].classes == ("y", "z")
+    assert tests["new"].labels.min() == 0 and set(values(tests["new"])) < set(range(94, 114))
+    assert not set(values(task.train["b"])) & set(values(tests["base"]))
+    assert tests["validation"].labels.bincount().max() <= 4
+
+
+def test_linear_classifier_names_only_what_it_was_trained_on():
+    args, mode = flags(), clipood.Mode("linear", 0, "", 0)
+    classify = clipood.classifier(lambda x: x, mode, ("a", "b"), ("b", "new", "a"), None, args)
+    assert classify(torch.tensor([[1.0, 2.0], [4.0, 3.0]])).tolist() == [[2, -math.inf, 1], [3, -math.inf, 4]]
+    assert clipood.classifier(lambda x: x, mode, ("a", "b"), ("c", "d"), None, args) is None
+
+
+def small_run(arguments, images_per_class=8, poison=None):
+    """A CLIP, a task of two tiny domains and what `train` needs, small enough for a test."""
+    args = flags(f"--batch-size 4 --steps-per-epoch 3 {arguments}")
+    model, preprocess, tokenizer = common.load_clip("tiny")
+    rng = common.tiny_rng(0, "small run")
+    train = {}
+    for domain in ("photo", "cartoon"):
+        names = [name for name in common.PACS_CLASSES for _ in range(images_per_class)]
+        pixels = common.draw(names, domain, ["grass"] * len(names), ["red"] * len(names), rng)
+        labels = torch.arange(7).repeat_interleave(images_per_class)
+        train[domain] = common.ImageSet(pixels, labels, common.PACS_CLASSES, transform=preprocess)
+    if poison is not None:
+        bad = train["cartoon"].images[poison]
+        train["cartoon"].transform = lambda pixels: preprocess(pixels).masked_fill(
+            (pixels == bad).all((1, 2, 3), keepdim=True), torch.nan
+        )
+    features = common.class_features(model, tokenizer, common.PACS_CLASSES)
+    return args, model, clipood.Task(common.PACS_CLASSES, train, {}), features
+
+
+def trained(*args, **options):
+    """The models and the state at the end of `clipood.train`."""
+    *_, last = clipood.train(*args, **options)
+    return last
+
+
+def test_training_moves_the_tower_by_the_gradient_of_the_loss():
+    """One step without weight decay or momentum yet: AdamW's first step is -lr * sign of the gradient."""
+    args, model, task, features = small_run("--epochs 1 --steps-per-epoch 1 --weight-decay 0 --lr 1e-4")
+    modes = {"mms": clipood.read_mode("mms@0.3", args)}
+    tower_after = trained(model, task, modes, features, args, seed=5)[0]["mms"]
+    batch = next(common.source_batches(task.train, 4, 5000))
+    tower = copy.deepcopy(model.visual).requires_grad_(True)
+    image_features = F.normalize(tower(batch[0]), dim=-1)
+    margin_metric_softmax(image_features, features, batch[1], model.logit_scale.exp(), 0.3).backward()
+    for before, after in zip(tower.parameters(), tower_after.parameters()):
+        large = before.grad.abs() > 1e-5
+        assert torch.allclose((after - before)[large], -1e-4 * before.grad.sign()[large], rtol=5e-2, atol=1e-7)
+    assert not any(torch.equal(a, b) for a, b in zip(tower_after.parameters(), model.visual.parameters()))
+
+
+def test_averages_do_not_change_the_trajectory_and_wise_ft_is_the_middle():
+    args, model, task, features = small_run("--epochs 2")
+    towers = {}
+    for names in (["mms"], ["mms", "mms+bma@1", "mms+wise-ft@0.5", "mms+uniform"]):
+        modes = {name: clipood.read_mode(name, args) for name in names}
+        models, _ = trained(model, task, modes, features, args, seed=0)
+        towers[len(names)] = {name: flat(tower) for name, tower in models.items()}
+    assert torch.equal(towers[1]["mms"], towers[4]["mms"])
+    start = flat(model.visual)
+    assert torch.allclose(towers[4]["mms+wise-ft@0.5"], (start + towers[4]["mms"]) / 2, atol=1e-7)
+    # beta = 1 weighs theta_0 ... theta_6 alike, uniform theta_1 ... theta_6
+    assert torch.allclose(7 * towers[4]["mms+bma@1"], start + 6 * towers[4]["mms+uniform"], atol=1e-5)
+
+
+def test_loss_that_is_not_finite_stops_before_it_poisons_anything():
+    args, model, task, features = small_run("--epochs 20", poison=13)
+    modes = {name: clipood.read_mode(name, args) for name in ("mms", "mms+bma")}
+    with pytest.raises(common.InputError) as error:
+        for models, _ in clipood.train(model, task, modes, features, args, seed=0):  # noqa: B007
+            pass
+    message = str(error.value)
+    assert "the loss is nan" in message and "learning rate" in message and "step " in message
+    assert "cartoon 13" in message and message.count("photo ") == message.count("cartoon ") == 4
+    assert all(torch.isfinite(flat(tower)).all() for tower in models.values())
+
+
+def test_gradient_that_is_not_finite_stops_before_it_poisons_anything(monkeypatch):
+    args, model, task, features = small_run("--epochs 1")
+
+    class Poisoned(torch.optim.AdamW):
+        def __init__(self, groups, **options):
+            super().__init__(groups, **options)
+            self.param_groups[0]["params"][0].register_hook(lambda gradient: gradient * torch.nan)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Poisoned)
+    modes = {name: clipood.read_mode(name, args) for name in ("mms", "mms+bma")}
+    with pytest.raises(common.InputError, match="step 1 of seed 0.*gradient's norm nan"):
+        for models, _ in clipood.train(model, task, modes, features, args, seed=0):  # noqa: B007
+            pass
+    assert all(torch.isfinite(flat(tower)).all() for tower in models.values())
+
+
+@pytest.mark.parametrize("loss", ["linear", "mms"])
+def test_training_continues_exactly_from_every_epoch(loss, tmp_path):
+    args, model, task, features = small_run("--epochs 3")
+    modes = {name: clipood.read_mode(name, args) for name in (loss, f"{loss}+bma", f"{loss}+ema")}
+    for models, state in clipood.train(model, task, modes, features, args, seed=1):  # noqa: B007
+        common.save_checkpoint(tmp_path / f"{state['epoch']}", state)
+    end = {name: flat(tower) for name, tower in models.items()}
+    for epoch in range(3):
+        torch.randn(epoch + 1)  # whatever happened to the random state
+        saved = torch.load(tmp_path / f"{epoch}", weights_only=True)
+        models, state = trained(model, task, modes, features, args, 1, saved)
+        assert state["epoch"] == 3 and all(torch.equal(flat(models[name]), end[name]) for name in modes)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------
+
+QUICK = "--model tiny --templates {} --epochs 2 --steps-per-epoch 2 --batch-size 4 --workers 0"
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_quick_run_on_tiny_data(checkout):
+    """Table, files, and a model that open_clip loads with the accuracy that was reported."""
+    done = call("clipood.py --epochs 1 --steps-per-epoch 2", checkout)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\S+) +\d\d\.\d +\d\d\.\d +\d\d\.\d$", done.stdout, re.M)
+    assert rows == ["zero-shot", "mms", "mms+wise-ft", "mms+bma"]
+    folder = checkout / "runs" / "clipood" / "tiny-pacs-sketch-seed0"
+    assert {file.name for file in folder.iterdir()} == {"result.json", "model", "averages.png", "distances.png"}
+    assert len(list(folder.parent.iterdir())) == 1  # the checkpoint is gone
+    plain = open_clip.create_model(f"local-dir:{folder / 'model'}").eval()
+    model, preprocess, tokenizer = common.load_clip("tiny")
+    target = common.tiny_domain("tiny-pacs", "sketch", 0, 0.4).balanced
+    target.transform = preprocess
+    features = torch.from_numpy(np.load(folder / "model" / "class_features.npy"))
+    classify = common.clip_classifier(plain.visual, features)
+    accuracy = common.evaluate(classify, {"sketch": target}, "cpu", 64)["accuracy"]
+    assert accuracy == result(folder)["modes"]["mms+bma"]["target"]
+    assert result(folder)["modes"]["zero-shot"]["target"] != accuracy
+
+
+@pytest.mark.slow
+def test_main_job(checkout, root):
+    start = time.time()
+    done = call(readme_script(root, "python clipood.py"), checkout)
+    assert done.returncode == 0 and time.time() - start < 120, done.stderr
+    numbers = result(checkout / "runs" / "clipood" / "tiny-pacs-sketch-seed0")["modes"]
+    assert numbers["mms"]["source"] > numbers["zero-shot"]["source"] + 0.1
+
+
+def test_all_targets_and_seeds_of_a_folder_twice(checkout, pacs_tree):
+    """Every study's modes, figures and summary; the same command gives the same numbers."""
+    (checkout / "results").mkdir()
+    numbers = []
+    for study in ("components", "components", "average", "margin"):
+        command = f"clipood.py --dataset pacs --data-root {pacs_tree} --target all --seeds 0 1 --study {study} {QUICK}"
+        done = call(f"{command} --epochs 1", checkout)
+        assert done.returncode == 0, done.stderr
+        assert "±" in done.stdout[done.stdout.rindex("domain-shift, 4 targets") :]
+        numbers.append(
+            json.loads((checkout / "results" / f"clipood-{study}-pacs-domain-shift.json").read_text())["runs"]
+        )
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 8
+    assert set(numbers[0][0]["modes"]) == set(clipood.STUDIES["components"].split())
+
+
+def test_data_sets_without_domains(checkout, caltech, aircraft, imagenet):
+    for name, task, measures, line in (
+        (
+            "caltech101",
+            "open-class",
+            {"validation", "base", "new", "H"},
+            "class 'boat' has only 3 images, fewer than 16",
+        ),
+        ("fgvcaircraft", "open-class", {"validation", "base", "new", "H"}, "training images"),
+        (
+            "imagenet",
+            "domain-shift",
+            {"imagenet", *common.IMAGENET_SHIFTS, "average OOD"},
+            "training images imagenet 24",
+        ),
+        ("imagenet", "open-class", {"validation", "base", "new", "H"}, "training images imagenet 12"),
+    ):
+        modes = "--modes zero-shot linear mms mms+bma"
+        done = call(f"clipood.py --dataset {name} --task {task} --data-root {caltech} {QUICK} {modes}", checkout)
+        assert done.returncode == 0, done.stderr
+        assert line in done.stdout, done.stdout
+        kind = f"{name}-{name}" if task == "domain-shift" else f"{name}-{task}-{name}"
+        numbers = result(checkout / "runs" / "clipood" / f"{kind}-seed0")["modes"]
+        assert set(numbers["mms+bma"]) == measures
+        if task == "open-class":
+            base, new, h = (numbers["mms"][measure] for measure in ("base", "new", "H"))
+            assert h == pytest.approx(2 * base * new / (base + new) if base + new else 0)
+            assert "new" not in numbers["linear"] and "base" in numbers["linear"]
+        else:
+            shifts = [numbers["linear"][name] for name in common.IMAGENET_SHIFTS]
+            assert numbers["linear"]["average OOD"] == pytest.approx(sum(shifts) / 4)
+
+
+def test_in_the_wild_and_open_class_of_a_domain(checkout, pacs_tree):
+    for task, measures in (("in-the-wild", ["hold-out", "base", "new", "total", "H"]), ("open-class", None)):
+        command = f"clipood.py --dataset pacs --task {task} --data-root {pacs_tree} --target photo --study loss {QUICK}"
+        done = call(f"{command} --summary {task}.json --eval-every 1", checkout)
+        assert done.returncode == 0, done.stderr
+        folder = checkout / "runs" / "clipood" / "loss" / f"pacs-{task}-photo-seed0"
+        assert {"images.png", "trajectory.png", "averages.png", "distances.png"} <= {f.name for f in folder.iterdir()}
+        if measures:
+            numbers = result(folder)["modes"]
+            assert list(numbers["mms"]) == measures and numbers["linear"]["new"] == numbers["linear"]["H"] == 0
+            total = (
+                9 * numbers["ms"]["base"] + 12 * numbers["ms"]["new"]
+            ) / 21  # three and four classes of three images
+            assert numbers["ms"]["total"] == pytest.approx(total)
+        for row in result(folder)["history"]:
+            assert (
+                row["step"] % 2 == 0
+                and row["mode"] in ("linear", "ms", "mms")
+                and (row["step"] == 0) == (row["loss"] is None)
+            )
+
+
+def test_text_features_are_computed_once(monkeypatch, tmp_path, pacs_tree):
+    calls = []
+    monkeypatch.setattr(
+        common, "class_features", lambda *args, own=common.class_features: calls.append(args) or own(*args)
+    )
+    command = (
+        f"--dataset pacs --data-root {pacs_tree} --target all --seeds 0 1 --modes zero-shot mms mms+bma --eval-every 1"
+    )
+    monkeypatch.setattr(sys, "argv", ["clipood.py", *f"{command} {QUICK} --output {tmp_path / 'out'}".split()])
+    clipood.main()
+    assert len(calls) == 1 and len(list((tmp_path / "out" / "clipood").iterdir())) == 8
+
+
+def test_killed_run_is_resumed_exactly(checkout, pacs_tree):
+    """SIGKILL while it trains; with --resume it ends with the numbers, the history and the model of a quiet run."""
+    command = (
+        f"clipood.py --dataset pacs --data-root {pacs_tree} --target photo --model tiny --epochs 4 "
+        "--steps-per-epoch 12 --batch-size 4 --workers 0 --modes zero-shot ms mms mms+ema mms+bma --eval-every 1"
+    )
+    assert call(f"{command} --output quiet", checkout).returncode == 0
+    arguments = [sys.executable, *f"{command} --output killed".split()]
+    checkpoint = checkout / "killed" / "clipood" / "pacs-photo-seed0.checkpoint"
+    process = subprocess.Popen(arguments, cwd=checkout, stdout=subprocess.DEVNULL)
+    saved = {"training": {}}
+    while not (saved["training"].get("mms/mms+ema/mms+bma") or {"epoch": 0})["epoch"]:
+        time.sleep(0.05)
+        assert process.poll() is None, "ended before it could be killed"
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, weights_only=True)  # complete at every moment
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (checkout / "killed" / "clipood" / "pacs-photo-seed0").exists()
+    done = call(f"{command} --output killed --resume", checkout)
+    assert done.returncode == 0, done.stderr
+    assert "zero-shot:" not in done.stdout and "\nms:" not in done.stdout  # these were done
+    quiet, killed = (checkout / name / "clipood" / "pacs-photo-seed0" for name in ("quiet", "killed"))
+    assert result(quiet) == result(killed)
+    weights = [(folder / "model" / "open_clip_model.safetensors").read_bytes() for folder in (quiet, killed)]
+    assert weights[0] == weights[1]
+    assert [file.name for file in killed.parent.iterdir()] == ["pacs-photo-seed0"]  # neither checkpoint nor orphans
+    assert "is complete" in call(f"{command} --output killed --resume", checkout).stdout
+    other = call(f"{command} --output killed --resume --lr 1e-5", checkout)
+    assert other.returncode == 2 and "lr 0.0004, now 1e-05" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_checkpoint_survives_a_kill_while_it_is_written(root, tmp_path):
+    code = (
+        "import torch, common, pathlib\n"
+        "for k in range(10**6):\n"
+        "    common.save_checkpoint(pathlib.Path('state'), {'k': k, 'tensor': torch.full((400_000,), k)})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    while not (tmp_path / "state").exists():
+        time.sleep(0.05)
+    for _ in range(20):
+        saved = torch.load(tmp_path / "state", weights_only=True)
+        assert (saved["tensor"] == saved["k"]).all()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = torch.load(tmp_path / "state", weights_only=True)
+    assert (saved["tensor"] == saved["k"]).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--dataset caltech102", ("unknown data set 'caltech102'", "did you mean 'caltech101'")),
+        ("--dataset caltech101 --task in-the-wild", ("--task in-the-wild", "caltech101", "--task open-class")),
+        ("--dataset ucf101", ("'ucf101' is not in data/ucf101", "split_zhou_UCF101.json", "CoOp", "tiny-office")),
+        ("--dataset imagenet", ("'imagenet' is not in data/imagenet", "classnames.txt")),
+        ("--dataset officehome", ("data/office_home", "tiny-office")),
+        ("--target skech", ("skech", "did you mean 'sketch'")),
+        ("--modes zero-shot mmd", ("--modes", "'mmd'", "linear, ms or mms[@LAMBDA]")),
+        ("--margin -1", ("mms", "lambda")),
+        ("--beta 0", ("beta > 0", "beta=0.0")),
+        ("--shots 0", ("--shots must be at least 1, got 0",)),
+        ("--lr nan", ("--lr must be at least 0, got nan",)),
+        ("--steps-per-epoch 0", ("--steps-per-epoch must be at least 1",)),
+        ("--study loss", ("--summary", "no folder results")),
+        ("--templates photo", ("{}", "'photo'")),
+        ("--output README.md", ("cannot write results to", "--output")),
+    ],
+)
+def test_wrong_flag_is_one_clear_error(checkout, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(sys, "argv", ["clipood.py", *arguments.split()])
+    monkeypatch.setattr(common, "draw_set", quick_draw_set)
+    with pytest.raises(SystemExit) as stopped:
+        common.command(clipood.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and all(word in error for word in words), error
+    assert not list(checkout.glob("runs/**/*"))[1:]
+
+
+def quick_draw_set(classes, labels, domain, grounds, own, rng):
+    """Grey in place of drawings, where a test ends before it looks at an image."""
+    return common.ImageSet(
+        torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8), torch.from_numpy(labels), tuple(classes)
+    )
