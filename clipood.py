@@ -53,8 +53,8 @@ DEFAULTS = {
 COLUMNS = ["batch_size", "lr", "epochs", "margin", "beta", "source"]
 STUDIES = {
     "loss": "zero-shot linear ms mms",
-    "margin": "zero-shot ms ms+bma mms@0.1 mms@0.1+bma mms@0.3 mms@0.3+bma mms@0.5 mms@0.5+bma mms@1 mms@1+bma",
-    "average": "zero-shot mms mms+ema mms+uniform mms+wise-ft mms+bma@0.1 mms+bma@0.3 mms+bma@0.5 mms+bma@1 mms+bma@2",
+    "margin": "zero-shot ms ms+bma mms@0.1 mms@0.1+bma mms@0.5 mms@0.5+bma mms@1 mms@1+bma mms mms+bma",
+    "average": "zero-shot mms mms+ema mms+uniform mms+wise-ft mms+bma@0.1 mms+bma@0.3 mms+bma@1 mms+bma@2 mms+bma",
     "components": "zero-shot linear ms mms mms+wise-ft mms+bma",
 }
 
@@ -83,7 +83,7 @@ def settings() -> argparse.Namespace:
     training = parser.add_argument_group("training").add_argument
     training("--batch-size", type=int, help="images per source domain in a step (default: the table below)")
     training("--lr", type=float, help="at the start; a cosine takes it to 0 (default: the table below)")
-    training("--head-lr", type=float, help="of the linear classifier (default: 1e-3, our choice; 3e-3 with the tiny CLIP)")
+    training("--head-lr", type=float, help="of the linear classifier (default: 1e-3; tiny CLIP 3e-3; our choice)")
     training("--weight-decay", type=float, default=0.1, help="of AdamW (default: 0.1, published)")
     training("--epochs", type=int, help="(default: the table below)")
     training("--steps-per-epoch", type=int, help="(default: 500, published; 20 with the tiny CLIP)")
@@ -96,19 +96,17 @@ def settings() -> argparse.Namespace:
     args.task = args.task or ("open-class" if parted and args.dataset != "imagenet" else "domain-shift")
     if parted and args.task != "open-class" and (args.task, args.dataset) != ("domain-shift", "imagenet"):
         raise common.InputError(f"--task {args.task} needs domains, {args.dataset} has none: use --task open-class")
-    rows = {
+    table = {
         name: row for (task, names), row in DEFAULTS.items() if task == args.task for name in (names, *names.split())
     }
-    row = rows["tiny CLIP"] if args.model == "tiny" else rows.get(args.dataset, next(iter(rows.values())))
-    for name, value in zip(COLUMNS[:-1], row):
+    tiny = args.model == "tiny"
+    row = table["tiny CLIP"] if tiny else table.get(args.dataset, next(iter(table.values())))
+    others = {"ema": 0.99 if tiny else 0.999, "head_lr": 3e-3 if tiny else 1e-3, "steps_per_epoch": 20 if tiny else 500}
+    others |= {"eval_every": int(args.study == "average")}
+    others |= {"templates": [common.OPEN_CLASS[args.dataset].template if parted else "a photo of a {}."]}
+    for name, value in {**dict(zip(COLUMNS[:-1], row)), **others}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    tiny = args.model == "tiny"
-    args.ema = (0.99 if tiny else 0.999) if args.ema is None else args.ema
-    args.head_lr = (3e-3 if tiny else 1e-3) if args.head_lr is None else args.head_lr
-    args.steps_per_epoch = (20 if tiny else 500) if args.steps_per_epoch is None else args.steps_per_epoch
-    args.eval_every = int(args.study == "average") if args.eval_every is None else args.eval_every
-    args.templates = args.templates or [common.OPEN_CLASS[args.dataset].template if parted else "a photo of a {}."]
     if args.study:
         args.modes = STUDIES[args.study].split()
         name = f"clipood-{args.study}-{common.slug(args.dataset)}-{args.task}.json"
@@ -488,11 +486,8 @@ def plot_averages(steps: int, ema: float, beta: float, path: Path) -> None:
         shares = torch.cat([torch.ones(1), average_shares(average, value, steps)])
         later = torch.cat([1 - shares[1:], torch.ones(1)]).flip(0).cumprod(0).flip(0)  # product of 1 - s_k over k > t
         final[label], start[label] = (t, shares * later), (t, [1, *(1 - shares[1:]).cumprod(0)])
-    panels = {
-        rf"$\theta_t$ in the average after {steps} steps": final,
-        r"$\theta_0$ in the average after t steps": start,
-    }
-    plot_lines(panels, "t", "weight", path, yscale="log")
+    panels = {rf"$\theta_t$ after {steps} steps": final, r"$\theta_0$ after t steps": start}
+    plot_lines(panels, "t", "weight in the average", path, yscale="log")
 
 
 def plot_trajectory(history: list[dict], measures: list[str], path: Path) -> None:
@@ -513,8 +508,8 @@ def plot_sweep(args, runs: list[dict], path: Path) -> None:
             curves.setdefault("MMS + BMA" if mode.average else "MMS", {})[mode.margin if margin else mode.value] = name
     ends = [end(x for curve in curves.values() for x in curve) for end in (min, max)]
     curves["zero-shot"] = dict.fromkeys(ends, "zero-shot")
-    y = lambda curve, measure: [100 * np.array(common.seed_means(runs, name, measure)) for name in curve.values()]  # noqa: E731
-    panels = {measure: {label: (list(curve), y(curve, measure)) for label, curve in curves.items()}
+    y = lambda curve, measure: [100 * np.array(common.seed_means(runs, curve[x], measure)) for x in sorted(curve)]  # noqa: E731
+    panels = {measure: {label: (sorted(curve), y(curve, measure)) for label, curve in curves.items()}
               for measure in runs[0]["modes"]["zero-shot"]}  # fmt: skip
     x_label = r"$\lambda$" if margin else r"$\beta$"
     plot_lines(panels, x_label, "accuracy, %", path, xscale="linear" if margin else "log")
@@ -569,8 +564,9 @@ def run(args, target: str, seed: int, task: Task, model, features) -> dict:
     free = ("output", "resume", "summary", "seeds", "target", "study", "device", "workers", "data_root")
     config = {name: value for name, value in vars(args).items() if name not in free} | {"target": target, "seed": seed}
     config = json.loads(json.dumps(config))  # as it will be read again
-    name = [args.dataset, *([] if args.task == "domain-shift" else [args.task]), target, f"seed{seed}"]
-    path = args.output / "clipood" / (args.study or "") / "-".join(map(common.slug, name))
+    task_name = [] if args.task == "domain-shift" else [args.task]
+    path = "-".join(map(common.slug, [args.dataset, *task_name, target, f"seed{seed}"]))
+    path = args.output / "clipood" / (args.study or "") / path
     checkpoint = path.with_name(f"{path.name}.checkpoint")
     saved = common.resume(checkpoint, path / "result.json", config) if args.resume else {}
     if "modes" in saved:
@@ -592,9 +588,10 @@ def run(args, target: str, seed: int, task: Task, model, features) -> dict:
                 for models, state in train(model, task, modes, features(known), args, seed, start):
                     common.save_checkpoint(checkpoint, {**saved, "training": {"/".join(modes): state}})
                     if args.eval_every and state["epoch"] % args.eval_every == 0:
-                        for name, mode in modes.items():
+                        on_the_way = [name for name in modes if "@" not in name and modes[name].average != "wise-ft"]
+                        for name in on_the_way:  # WISE-FT has only an end, variants would be too many
                             row = {"mode": name, "step": state["epoch"] * args.steps_per_epoch, "loss": state["loss"]}
-                            history.append({**row, **test(models[name], mode, task, features, args)})
+                            history.append({**row, **test(models[name], modes[name], task, features, args)})
             for name, mode in modes.items():
                 results[name] = test(models[name], mode, task, features, args)
                 reached = ", ".join(f"{measure} {100 * value:.1f}" for measure, value in results[name].items())
@@ -635,10 +632,8 @@ def main():
             sizes = ", ".join(f"{name} {len(images)}" for name, images in task.train.items())
             print(f"target {target}, seed {seed}: training images {sizes}", flush=True)
             runs.append({"target": target, "seed": seed, "modes": run(args, target, seed, task, model, features)})
-            print(
-                f"\n{common.measures_table(f'{args.dataset}, target {target}, seed {seed}, %', runs[-1:])}\n",
-                flush=True,
-            )
+            title = f"{args.dataset}, target {target}, seed {seed}, %"
+            print("\n" + common.measures_table(title, runs[-1:]) + "\n", flush=True)
     if len(runs) > 1:
         print(common.measures_table(f"{args.dataset}, {args.task}, {len(targets)} targets, %", runs))
     if args.summary:
