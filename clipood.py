@@ -636,6 +636,9 @@ def main():
             print("\n" + common.measures_table(title, runs[-1:]) + "\n", flush=True)
     if len(runs) > 1:
         print(common.measures_table(f"{args.dataset}, {args.task}, {len(targets)} targets, %", runs))
+        for measure in {"target", "total"} & {*runs[0]["modes"][[*args.modes][-1]]}:
+            by_target = common.summary_table(f"{measure} accuracy, %", args.modes, runs, lambda row: row[measure])
+            print(f"\n{by_target}")
     if args.summary:
         common.write_json(args.summary, {"settings": vars(args), "runs": runs})
     if args.study in ("margin", "average"):

@@ -1,10 +1,10 @@
 """Everything the four method files share, in the order a run uses it.
 
-1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches: `load_domains`, `domain_split`, ...
+1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches: `load_domains`, `load_parts`, `few_shot`, ...
 2. CLIP         loading, class features, export: `load_clip`, `class_features`, `export_clip`
 3. MMD          `mmd2`
 4. Evaluation   `evaluate`, `harmonic_mean`
-5. Runs         flags, seeds, devices, output folders, tables
+5. Runs         flags, seeds, devices, output folders, checkpoints, tables
 
 A method file imports this file and libraries, never another method file. The images of the `tiny-` sets are painted by
 `assets/tiny_world.py`, which lies beside the CLIP that was pretrained on such images.
@@ -222,35 +222,30 @@ def read_split(path: Path, row: PartedSet):
 
 def read_aircraft(path: Path, row: PartedSet):
     """The release's own lists: a class name a line in variants.txt, `number class name` in images_variant_<part>.txt."""
-    names, files = (path / "variants.txt").read_text().split("\n"), {}
+    names, files = (path / row.lists).read_text().split("\n"), {}
     for part in ("train", "val", "test"):
         lines = [line.split(" ", 1) for line in (path / f"images_variant_{part}.txt").read_text().splitlines()]
         files[part] = [(path / row.images / f"{number}.jpg", names.index(name)) for number, name in lines]
     return [name for name in names if name], files
 
 
-def read_class_folders(images: Path, lists: Path, numbered: bool = False):
-    """One set of ImageNet's family: class names and [(image file, label), ...]. Its classes are the lines `n01440764 tench` of
-    `lists` that have a folder (200 in ImageNet-A and -R). numbered: line i's folder is called i; as text: 0, 1, 10, 100."""
-    lines = [line.split(maxsplit=1) for line in lists.read_text().splitlines()]
-    folders = {str(i) if numbered else identity: name for i, (identity, name) in enumerate(lines)}
-    folders = {folder: name for folder, name in folders.items() if (images / folder).is_dir()}
-    files = [(file, label) for label, folder in enumerate(folders)
-             for file in sorted((images / folder).iterdir()) if file.suffix.lower() in IMG_EXTENSIONS]  # fmt: skip
-    return list(folders.values()), files
-
-
 def read_imagenet(path: Path, row: PartedSet):
-    """ImageNet's validation set is also its test set."""
-    (names, train), (same, val) = (read_class_folders(path / row.images / part, path / row.lists) for part in ("train", "val"))
-    if names != same:
-        raise ValueError(f"train has folders of {len(names)} classes, val of {len(same)}, and they must be the same")
-    return names, {"train": train, "val": val, "test": val}
+    """ImageNet or a set that shifts it: image folders of the classes in classnames.txt (`n01440764 tench` a line).
 
-
-def read_imagenet_shift(path: Path, row: PartedSet):
-    names, files = read_class_folders(path / row.images, path / row.lists, numbered=row.folder == "imagenetv2")
-    return names, {"test": files}
+    Its classes are those with a folder: 200 in ImageNet-A and -R. ImageNetV2 calls the folder of line i just i, which as text
+    would sort 0, 1, 10, 100. ImageNet's validation set is also its test set, the others are test sets.
+    """
+    lines = [line.split(maxsplit=1) for line in (path / row.lists).read_text().splitlines()]
+    if row.folder == "imagenetv2":
+        lines = [(str(i), name) for i, (_, name) in enumerate(lines)]
+    folders = {"train": "train", "val": "val", "test": "val"} if row.folder == "imagenet" else {"test": "."}
+    present = {folder: [line for line in lines if (path / row.images / folder / line[0]).is_dir()] for folder in folders.values()}
+    classes, *others = present.values()
+    if others and others[0] != classes:
+        raise ValueError(f"train has folders of {len(classes)} classes, val of {len(others[0])}, and they must be the same")
+    files = {part: [(file, label) for label, (own, _) in enumerate(classes) for file in sorted((path / row.images / folder / own).iterdir())
+                    if file.suffix.lower() in IMG_EXTENSIONS] for part, folder in folders.items()}  # fmt: skip
+    return [name for _, name in classes], files
 
 
 OPEN_CLASS = {
@@ -260,18 +255,17 @@ OPEN_CLASS = {
     "stanfordcars": PartedSet("stanford_cars", ".", "split_zhou_StanfordCars.json", read_split),
     "oxfordflowers": PartedSet("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json", read_split, "a photo of a {}, a type of flower."),
     "food101": PartedSet("food-101", "images", "split_zhou_Food101.json", read_split, "a photo of {}, a type of food."),
-    "fgvcaircraft": PartedSet("fgvc_aircraft", "images", "variants.txt, images_variant_{train,val,test}.txt", read_aircraft,
-                              "a photo of a {}, a type of aircraft."),
+    "fgvcaircraft": PartedSet("fgvc_aircraft", "images", "variants.txt", read_aircraft, "a photo of a {}, a type of aircraft."),
     "sun397": PartedSet("sun397", "SUN397", "split_zhou_SUN397.json", read_split),
     "dtd": PartedSet("dtd", "images", "split_zhou_DescribableTextures.json", read_split, "{} texture."),
     "eurosat": PartedSet("eurosat", "2750", "split_zhou_EuroSAT.json", read_split, "a centered satellite photo of {}."),
     "ucf101": PartedSet("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json", read_split, "a photo of a person doing {}."),
 }  # fmt: skip
 IMAGENET_SHIFTS = {
-    "imagenetv2": PartedSet("imagenetv2", "imagenetv2-matched-frequency-format-val", "classnames.txt", read_imagenet_shift),
-    "imagenet-sketch": PartedSet("imagenet-sketch", "images", "classnames.txt", read_imagenet_shift),
-    "imagenet-a": PartedSet("imagenet-adversarial", "imagenet-a", "classnames.txt", read_imagenet_shift),
-    "imagenet-r": PartedSet("imagenet-rendition", "imagenet-r", "classnames.txt", read_imagenet_shift),
+    "imagenetv2": PartedSet("imagenetv2", "imagenetv2-matched-frequency-format-val", "classnames.txt", read_imagenet),
+    "imagenet-sketch": PartedSet("imagenet-sketch", "images", "classnames.txt", read_imagenet),
+    "imagenet-a": PartedSet("imagenet-adversarial", "imagenet-a", "classnames.txt", read_imagenet),
+    "imagenet-r": PartedSet("imagenet-rendition", "imagenet-r", "classnames.txt", read_imagenet),
 }
 
 
@@ -781,15 +775,12 @@ def resume(checkpoint: Path, result: Path, settings: dict) -> dict:
     """
     for orphan in checkpoint.parent.glob(f".{result.parent.name}-*"):
         shutil.rmtree(orphan)
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    elif result.exists():
-        saved = json.loads(result.read_text())
-    else:
+    where = checkpoint if checkpoint.exists() else result
+    if not where.exists():
         return {}
+    saved = torch.load(where, map_location="cpu", weights_only=True) if where == checkpoint else json.loads(where.read_text())
     changed = [f"{key} {saved['settings'].get(key)!r}, now {value!r}" for key, value in settings.items() if saved["settings"].get(key) != value]
     if changed:
-        where = checkpoint if checkpoint.exists() else result.parent
         raise InputError(f"--resume: {where} has other settings ({'; '.join(changed)}); give those, or leave --resume out to start anew")
     return saved
 
