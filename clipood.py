@@ -483,9 +483,9 @@ def plot_averages(steps: int, ema: float, beta: float, path: Path) -> None:
     """Figure 4: what every theta_t weighs in the final average, and how the share of theta_0 develops."""
     final, start, t = {}, {}, range(steps + 1)
     for label, average, value in ((f"EMA {ema:g}", "ema", ema), (f"BMA {beta:g}", "bma", beta), ("BMA 1", "bma", 1.0)):
-        shares = torch.cat([torch.ones(1), average_shares(average, value, steps)])
-        later = torch.cat([1 - shares[1:], torch.ones(1)]).flip(0).cumprod(0).flip(0)  # product of 1 - s_k over k > t
-        final[label], start[label] = (t, shares * later), (t, [1, *(1 - shares[1:]).cumprod(0)])
+        kept, one = 1 - average_shares(average, value, steps), torch.ones(1)  # of the average, when theta_t joins
+        start[label] = t, torch.cat([one, kept.cumprod(0)])
+        final[label] = t, torch.cat([one, 1 - kept]) * torch.cat([kept.flip(0).cumprod(0).flip(0), one])
     panels = {rf"$\theta_t$ after {steps} steps": final, r"$\theta_0$ after t steps": start}
     plot_lines(panels, "t", "weight in the average", path, yscale="log")
 
@@ -521,7 +521,7 @@ def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> Non
     order = torch.linalg.eigh(1 - distances).eigenvectors[:, -2].argsort()
     side = min(9.0, 2.4 + 0.33 * len(order))
     figure, axes = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
-    image = axes.imshow(distances[order][:, order])
+    image = axes.imshow(distances[order][:, order].numpy())
     names = [class_names[i].replace("_", " ") for i in order] if len(order) <= 70 else []  # more cannot be read
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
@@ -541,12 +541,12 @@ def plot_images(images: common.ImageSet, scores: dict[str, torch.Tensor], scale:
     figure, axes = plt.subplots(2, 2 * columns, figsize=(4.6 * columns, 5), layout="constrained")
     for k, i in enumerate([*order[:columns], *order[-columns:]]):
         picture, bars = axes[k // columns, 2 * (k % columns) : 2 * (k % columns) + 2]
-        pixels = images.images[i]
-        picture.imshow(pixels.permute(1, 2, 0) if isinstance(pixels, torch.Tensor) else common.read_image(pixels))
+        image = images.images[i]
+        picture.imshow(common.read_image(image) if isinstance(image, str) else image.permute(1, 2, 0).numpy())
         picture.set(xticks=[], yticks=[], title=images.classes[images.labels[i]].replace("_", " "))
         top = (margin[i] + without[i]).topk(min(5, len(images.classes))).indices.flip(0)
         for shift, scores, label in ((0.2, margin, "with margin"), (-0.2, without, "without")):
-            bars.barh(np.arange(len(top)) + shift, scores[i][top], height=0.4, label=label)
+            bars.barh(np.arange(len(top)) + shift, scores[i][top].numpy(), height=0.4, label=label)
         bars.set_yticks(range(len(top)), [images.classes[c].replace("_", " ") for c in top])
         bars.set(xlim=(0, 1), title=f"{gain[i]:+.2f}")
     axes[0, 1].legend(fontsize="x-small", loc="lower right")

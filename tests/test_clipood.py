@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -506,19 +507,19 @@ def test_linear_classifier_names_only_what_it_was_trained_on():
 
 
 def small_run(arguments, images_per_class=8, poison=None):
-    """A CLIP, a task of two tiny domains and what `train` needs, small enough for a test."""
+    """A CLIP, a task of two tiny domains (augmented at random) and what `train` needs, small enough for a test."""
     args = flags(f"--batch-size 4 --steps-per-epoch 3 {arguments}")
-    model, preprocess, tokenizer = common.load_clip("tiny")
-    rng = common.tiny_rng(0, "small run")
+    model, _, tokenizer = common.load_clip("tiny")
+    augment, rng = common.image_transform(model, train=True), common.tiny_rng(0, "small run")
     train = {}
     for domain in ("photo", "cartoon"):
         names = [name for name in common.PACS_CLASSES for _ in range(images_per_class)]
         pixels = common.draw(names, domain, ["grass"] * len(names), ["red"] * len(names), rng)
         labels = torch.arange(7).repeat_interleave(images_per_class)
-        train[domain] = common.ImageSet(pixels, labels, common.PACS_CLASSES, transform=preprocess)
+        train[domain] = common.ImageSet(pixels, labels, common.PACS_CLASSES, transform=augment)
     if poison is not None:
         bad = train["cartoon"].images[poison]
-        train["cartoon"].transform = lambda pixels: preprocess(pixels).masked_fill(
+        train["cartoon"].transform = lambda pixels: augment(pixels).masked_fill(
             (pixels == bad).all((1, 2, 3), keepdim=True), torch.nan
         )
     features = common.class_features(model, tokenizer, common.PACS_CLASSES)
@@ -536,6 +537,7 @@ def test_training_moves_the_tower_by_the_gradient_of_the_loss():
     args, model, task, features = small_run("--epochs 1 --steps-per-epoch 1 --weight-decay 0 --lr 1e-4")
     modes = {"mms": clipood.read_mode("mms@0.3", args)}
     tower_after = trained(model, task, modes, features, args, seed=5)[0]["mms"]
+    torch.manual_seed(5000)  # of augmentation in epoch 0
     batch = next(common.source_batches(task.train, 4, 5000))
     tower = copy.deepcopy(model.visual).requires_grad_(True)
     image_features = F.normalize(tower(batch[0]), dim=-1)
@@ -588,9 +590,9 @@ def test_gradient_that_is_not_finite_stops_before_it_poisons_anything(monkeypatc
     assert all(torch.isfinite(flat(tower)).all() for tower in models.values())
 
 
-@pytest.mark.parametrize("loss", ["linear", "mms"])
-def test_training_continues_exactly_from_every_epoch(loss, tmp_path):
-    args, model, task, features = small_run("--epochs 3")
+@pytest.mark.parametrize("loss, workers", [("linear", 0), ("mms", 0), ("mms", 2)])
+def test_training_continues_exactly_from_every_epoch(loss, workers, tmp_path):
+    args, model, task, features = small_run(f"--epochs 3 --workers {workers}")
     modes = {name: clipood.read_mode(name, args) for name in (loss, f"{loss}+bma", f"{loss}+ema")}
     for models, state in clipood.train(model, task, modes, features, args, seed=1):  # noqa: B007
         common.save_checkpoint(tmp_path / f"{state['epoch']}", state)
@@ -613,19 +615,48 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_quick_run_on_tiny_data(checkout):
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """The command in this process, in a folder of its own; returns what it printed, or the message it stopped with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+
+    def run(arguments):
+        monkeypatch.setattr(sys, "argv", ["clipood.py", *arguments.split()])
+        try:
+            common.command(clipood.main)
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            return capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def two_domains(pacs_tree):
+    """Two domains with two classes of three images each: --dataset folder:..."""
+    for domain in (pacs_tree / "PACS").iterdir():
+        for folder in domain.iterdir():
+            if domain.name in ("cartoon", "sketch") or folder.name not in ("dog", "house"):
+                shutil.rmtree(folder)
+        if domain.name in ("cartoon", "sketch"):
+            domain.rmdir()
+    return pacs_tree / "PACS"
+
+
+def test_run_on_tiny_data(command, tmp_path, monkeypatch):
     """Table, files, and a model that open_clip loads with the accuracy that was reported."""
-    done = call("clipood.py --epochs 1 --steps-per-epoch 2", checkout)
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(\S+) +\d\d\.\d +\d\d\.\d +\d\d\.\d$", done.stdout, re.M)
+    monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (common.PACS_CLASSES, 16, 16))
+    output = command("--epochs 1 --steps-per-epoch 4 --lr 3e-3")
+    rows = re.findall(r"^(\S+) +\d\d\.\d +\d\d\.\d +\d\d\.\d$", output, re.M)
     assert rows == ["zero-shot", "mms", "mms+wise-ft", "mms+bma"]
-    folder = checkout / "runs" / "clipood" / "tiny-pacs-sketch-seed0"
+    folder = tmp_path / "runs" / "clipood" / "tiny-pacs-sketch-seed0"
     assert {file.name for file in folder.iterdir()} == {"result.json", "model", "averages.png", "distances.png"}
     assert len(list(folder.parent.iterdir())) == 1  # the checkpoint is gone
     plain = open_clip.create_model(f"local-dir:{folder / 'model'}").eval()
-    model, preprocess, tokenizer = common.load_clip("tiny")
     target = common.tiny_domain("tiny-pacs", "sketch", 0, 0.4).balanced
-    target.transform = preprocess
+    target.transform = common.load_clip("tiny")[1]
     features = torch.from_numpy(np.load(folder / "model" / "class_features.npy"))
     classify = common.clip_classifier(plain.visual, features)
     accuracy = common.evaluate(classify, {"sketch": target}, "cpu", 64)["accuracy"]
@@ -638,104 +669,101 @@ def test_main_job(checkout, root):
     start = time.time()
     done = call(readme_script(root, "python clipood.py"), checkout)
     assert done.returncode == 0 and time.time() - start < 120, done.stderr
+    assert "it/s" not in done.stderr  # no progress bars where nobody watches
     numbers = result(checkout / "runs" / "clipood" / "tiny-pacs-sketch-seed0")["modes"]
     assert numbers["mms"]["source"] > numbers["zero-shot"]["source"] + 0.1
 
 
-def test_all_targets_and_seeds_of_a_folder_twice(checkout, pacs_tree):
-    """Every study's modes, figures and summary; the same command gives the same numbers."""
-    (checkout / "results").mkdir()
-    numbers = []
-    for study in ("components", "components", "average", "margin"):
-        command = f"clipood.py --dataset pacs --data-root {pacs_tree} --target all --seeds 0 1 --study {study} {QUICK}"
-        done = call(f"{command} --epochs 1", checkout)
-        assert done.returncode == 0, done.stderr
-        assert "±" in done.stdout[done.stdout.rindex("domain-shift, 4 targets") :]
-        numbers.append(
-            json.loads((checkout / "results" / f"clipood-{study}-pacs-domain-shift.json").read_text())["runs"]
-        )
-    assert numbers[0] == numbers[1] and len(numbers[0]) == 8
-    assert set(numbers[0][0]["modes"]) == set(clipood.STUDIES["components"].split())
+def test_all_targets_and_seeds_twice(command, two_domains, tmp_path):
+    """Tables over targets and seeds; text features once; the same command gives the same numbers."""
+    line = f"--dataset folder:{two_domains} --target all --seeds 0 1 --study components {QUICK} --epochs 1"
+    outputs = [command(f"{line} --output {name} --summary {name}.json") for name in ("one", "two")]
+    assert outputs[0] == outputs[1] and "2 targets, %" in outputs[0] and "±" in outputs[0]
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["runs"] for name in ("one", "two"))
+    assert one == two and [(run["target"], run["seed"]) for run in one] == [
+        (target, seed) for seed in (0, 1) for target in ("art_painting", "photo")
+    ]
+    assert set(one[0]["modes"]) == set(clipood.STUDIES["components"].split())
+    table = common.summary_table("target accuracy, %", list(one[0]["modes"]), one, lambda row: row["target"])
+    assert table in outputs[0]
 
 
-def test_data_sets_without_domains(checkout, caltech, aircraft, imagenet):
-    for name, task, measures, line in (
-        (
-            "caltech101",
-            "open-class",
-            {"validation", "base", "new", "H"},
-            "class 'boat' has only 3 images, fewer than 16",
-        ),
-        ("fgvcaircraft", "open-class", {"validation", "base", "new", "H"}, "training images"),
-        (
-            "imagenet",
-            "domain-shift",
-            {"imagenet", *common.IMAGENET_SHIFTS, "average OOD"},
-            "training images imagenet 24",
-        ),
-        ("imagenet", "open-class", {"validation", "base", "new", "H"}, "training images imagenet 12"),
-    ):
-        modes = "--modes zero-shot linear mms mms+bma"
-        done = call(f"clipood.py --dataset {name} --task {task} --data-root {caltech} {QUICK} {modes}", checkout)
-        assert done.returncode == 0, done.stderr
-        assert line in done.stdout, done.stdout
-        kind = f"{name}-{name}" if task == "domain-shift" else f"{name}-{task}-{name}"
-        numbers = result(checkout / "runs" / "clipood" / f"{kind}-seed0")["modes"]
-        assert set(numbers["mms+bma"]) == measures
-        if task == "open-class":
-            base, new, h = (numbers["mms"][measure] for measure in ("base", "new", "H"))
-            assert h == pytest.approx(2 * base * new / (base + new) if base + new else 0)
-            assert "new" not in numbers["linear"] and "base" in numbers["linear"]
-        else:
-            shifts = [numbers["linear"][name] for name in common.IMAGENET_SHIFTS]
-            assert numbers["linear"]["average OOD"] == pytest.approx(sum(shifts) / 4)
+@pytest.mark.parametrize("study", ["margin", "average"])
+def test_studies_that_sweep(command, two_domains, tmp_path, study):
+    output = command(f"--dataset folder:{two_domains} --target photo --study {study} {QUICK}")
+    (name,) = (file.stem for file in (tmp_path / "results").glob("*.json"))
+    assert name.startswith(f"clipood-{study}-folder") and name.endswith("domain-shift")
+    with Image.open(tmp_path / "results" / f"{name}.png") as sweep:
+        assert sweep.width > 2 * sweep.height  # two panels
+    modes = clipood.STUDIES[study].split()
+    assert all(re.search(rf"^{re.escape(mode)} +\d", output, re.M) for mode in modes)
+    (folder,) = (tmp_path / "runs" / "clipood" / study).iterdir()
+    steps = [(row["mode"], row["step"]) for row in result(folder)["history"]]
+    along = ("mms", "mms+ema", "mms+uniform", "mms+bma")
+    assert steps == ([] if study == "margin" else [(mode, step) for step in (0, 2, 4) for mode in along])
+    assert (folder / "trajectory.png").exists() == (study == "average")
 
 
-def test_in_the_wild_and_open_class_of_a_domain(checkout, pacs_tree):
-    for task, measures in (("in-the-wild", ["hold-out", "base", "new", "total", "H"]), ("open-class", None)):
-        command = f"clipood.py --dataset pacs --task {task} --data-root {pacs_tree} --target photo --study loss {QUICK}"
-        done = call(f"{command} --summary {task}.json --eval-every 1", checkout)
-        assert done.returncode == 0, done.stderr
-        folder = checkout / "runs" / "clipood" / "loss" / f"pacs-{task}-photo-seed0"
+@pytest.mark.parametrize(
+    "name, task, measures, line",
+    [
+        ("caltech101", "open-class", "validation base new H", "class 'boat' has only 3 images, fewer than 16"),
+        ("fgvcaircraft", "open-class", "validation base new H", "training images fgvcaircraft 4"),
+        ("imagenet", "domain-shift", f"imagenet {' '.join(common.IMAGENET_SHIFTS)} average OOD", "images imagenet 24"),
+        ("imagenet", "open-class", "validation base new H", "training images imagenet 12"),
+    ],
+)
+def test_data_sets_without_domains(command, caltech, aircraft, imagenet, tmp_path, name, task, measures, line):
+    output = command(f"--dataset {name} --task {task} --data-root {caltech} --modes zero-shot linear mms+bma {QUICK}")
+    assert line in output
+    kind = name if task == "domain-shift" else f"{name}-{task}"
+    numbers = result(tmp_path / "runs" / "clipood" / f"{kind}-{name}-seed0")["modes"]
+    assert " ".join(numbers["mms+bma"]) == measures
+    if task == "open-class":
+        base, new, h = (numbers["mms+bma"][measure] for measure in ("base", "new", "H"))
+        assert h == pytest.approx(2 * base * new / (base + new) if base + new else 0)
+        assert list(numbers["linear"]) == ["validation", "base"]
+    else:
+        shifts = [numbers["linear"][name] for name in common.IMAGENET_SHIFTS]
+        assert numbers["linear"]["average OOD"] == pytest.approx(sum(shifts) / 4)
+
+
+def test_in_the_wild_and_open_class_of_a_domain(command, pacs_tree, tmp_path):
+    line = f"--dataset pacs --data-root {pacs_tree} --target photo --study loss --eval-every 1 {QUICK}"
+    for task in ("in-the-wild", "open-class"):
+        assert "training images" in command(f"{line} --task {task}")
+        folder = tmp_path / "runs" / "clipood" / "loss" / f"pacs-{task}-photo-seed0"
         assert {"images.png", "trajectory.png", "averages.png", "distances.png"} <= {f.name for f in folder.iterdir()}
-        if measures:
-            numbers = result(folder)["modes"]
-            assert list(numbers["mms"]) == measures and numbers["linear"]["new"] == numbers["linear"]["H"] == 0
-            total = (
-                9 * numbers["ms"]["base"] + 12 * numbers["ms"]["new"]
-            ) / 21  # three and four classes of three images
-            assert numbers["ms"]["total"] == pytest.approx(total)
         for row in result(folder)["history"]:
-            assert (
-                row["step"] % 2 == 0
-                and row["mode"] in ("linear", "ms", "mms")
-                and (row["step"] == 0) == (row["loss"] is None)
-            )
+            assert row["mode"] in ("linear", "ms", "mms") and (row["loss"] is None) == (row["step"] == 0)
+    numbers = result(folder.with_name("pacs-in-the-wild-photo-seed0"))["modes"]
+    assert list(numbers["mms"]) == ["hold-out", "base", "new", "total", "H"]
+    assert numbers["linear"]["new"] == numbers["linear"]["H"] == 0
+    total = (9 * numbers["ms"]["base"] + 12 * numbers["ms"]["new"]) / 21  # three and four classes of three images
+    assert numbers["ms"]["total"] == pytest.approx(total)
 
 
-def test_text_features_are_computed_once(monkeypatch, tmp_path, pacs_tree):
-    calls = []
-    monkeypatch.setattr(
-        common, "class_features", lambda *args, own=common.class_features: calls.append(args) or own(*args)
+def test_text_features_are_computed_once(command, two_domains, monkeypatch):
+    calls, own = [], common.class_features
+    monkeypatch.setattr(common, "class_features", lambda *args: calls.append(args) or own(*args))
+    command(
+        f"--dataset folder:{two_domains} --target all --seeds 0 1 --modes zero-shot ms mms+bma --eval-every 1 {QUICK}"
     )
-    command = (
-        f"--dataset pacs --data-root {pacs_tree} --target all --seeds 0 1 --modes zero-shot mms mms+bma --eval-every 1"
-    )
-    monkeypatch.setattr(sys, "argv", ["clipood.py", *f"{command} {QUICK} --output {tmp_path / 'out'}".split()])
-    clipood.main()
-    assert len(calls) == 1 and len(list((tmp_path / "out" / "clipood").iterdir())) == 8
+    assert len(calls) == 1
 
 
-def test_killed_run_is_resumed_exactly(checkout, pacs_tree):
+def test_killed_run_is_resumed_exactly(root, command, two_domains, tmp_path):
     """SIGKILL while it trains; with --resume it ends with the numbers, the history and the model of a quiet run."""
-    command = (
-        f"clipood.py --dataset pacs --data-root {pacs_tree} --target photo --model tiny --epochs 4 "
-        "--steps-per-epoch 12 --batch-size 4 --workers 0 --modes zero-shot ms mms mms+ema mms+bma --eval-every 1"
+    line = (
+        f"--dataset folder:{two_domains} --target photo --model tiny --epochs 3 --steps-per-epoch 8 "
+        "--batch-size 4 --workers 0 --modes zero-shot ms mms mms+ema mms+bma --eval-every 1"
     )
-    assert call(f"{command} --output quiet", checkout).returncode == 0
-    arguments = [sys.executable, *f"{command} --output killed".split()]
-    checkpoint = checkout / "killed" / "clipood" / "pacs-photo-seed0.checkpoint"
-    process = subprocess.Popen(arguments, cwd=checkout, stdout=subprocess.DEVNULL)
+    command(f"{line} --output quiet")
+    (quiet,) = (tmp_path / "quiet" / "clipood").iterdir()
+    killed = tmp_path / "killed" / "clipood" / quiet.name
+    checkpoint = killed.with_name(f"{killed.name}.checkpoint")
+    arguments = [sys.executable, str(root / "clipood.py"), *f"{line} --output killed".split()]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     saved = {"training": {}}
     while not (saved["training"].get("mms/mms+ema/mms+bma") or {"epoch": 0})["epoch"]:
         time.sleep(0.05)
@@ -744,18 +772,15 @@ def test_killed_run_is_resumed_exactly(checkout, pacs_tree):
             saved = torch.load(checkpoint, weights_only=True)  # complete at every moment
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (checkout / "killed" / "clipood" / "pacs-photo-seed0").exists()
-    done = call(f"{command} --output killed --resume", checkout)
-    assert done.returncode == 0, done.stderr
-    assert "zero-shot:" not in done.stdout and "\nms:" not in done.stdout  # these were done
-    quiet, killed = (checkout / name / "clipood" / "pacs-photo-seed0" for name in ("quiet", "killed"))
+    assert not killed.exists()
+    output = command(f"{line} --output killed --resume")
+    assert "zero-shot:" not in output and "\nms:" not in output and "\nmms:" in output  # two trainings were done
     assert result(quiet) == result(killed)
     weights = [(folder / "model" / "open_clip_model.safetensors").read_bytes() for folder in (quiet, killed)]
     assert weights[0] == weights[1]
-    assert [file.name for file in killed.parent.iterdir()] == ["pacs-photo-seed0"]  # neither checkpoint nor orphans
-    assert "is complete" in call(f"{command} --output killed --resume", checkout).stdout
-    other = call(f"{command} --output killed --resume --lr 1e-5", checkout)
-    assert other.returncode == 2 and "lr 0.0004, now 1e-05" in other.stderr and "Traceback" not in other.stderr
+    assert list(killed.parent.iterdir()) == [killed]  # neither checkpoint nor orphans
+    assert "is complete" in command(f"{line} --output killed --resume")
+    assert "lr 0.0004, now 1e-05" in command(f"{line} --output killed --resume --lr 1e-5")
 
 
 def test_checkpoint_survives_a_kill_while_it_is_written(root, tmp_path):
@@ -777,6 +802,57 @@ def test_checkpoint_survives_a_kill_while_it_is_written(root, tmp_path):
     assert (saved["tensor"] == saved["k"]).all()
 
 
+@pytest.mark.slow
+def test_real_architecture_on_a_real_layout(checkout, pacs_tree, tmp_path):
+    """ViT-B-32, random weights from a file: trained, averaged, exported, loaded by open_clip with its activation."""
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-B-32-quickgelu").state_dict(), tmp_path / "vit.pt")
+    done = call(
+        f"clipood.py --dataset pacs --data-root {pacs_tree} --model ViT-B-32-quickgelu "
+        f"--pretrained {tmp_path / 'vit.pt'} --epochs 1 --steps-per-epoch 2 --batch-size 2 --lr 1e-3 --modes mms+bma",
+        checkout,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = checkout / "runs" / "clipood" / "pacs-sketch-seed0"
+    plain, preprocess, tokenizer = common.load_clip(f"local-dir:{folder / 'model'}")
+    assert type(plain.visual.transformer.resblocks[0].mlp.gelu) is open_clip.transformer.QuickGELU
+    assert not torch.equal(plain.visual.proj, torch.load(tmp_path / "vit.pt")["visual.proj"])
+    split = common.leave_one_out(common.load_domains("pacs", pacs_tree), "sketch", preprocess, preprocess)
+    features = common.class_features(plain, tokenizer, common.PACS_CLASSES)
+    classify = common.clip_classifier(plain.visual, features)
+    assert common.evaluate(classify, split.target)["accuracy"] == result(folder)["modes"]["mms+bma"]["target"]
+
+
+@pytest.mark.parametrize(
+    "task, dataset, seeds",
+    [("domain-shift", "tiny-pacs", 5), ("open-class", "tiny-office", 5), ("in-the-wild", "tiny-office", 3)],
+)
+def test_readme_tables_are_the_committed_runs(root, task, dataset, seeds):
+    committed = json.loads((root / "results" / f"clipood-components-{dataset}-{task}.json").read_text())
+    runs, now = committed["runs"], vars(flags(f"--dataset {dataset} --task {task}"))
+    assert {(run["target"], run["seed"]) for run in runs} == {(t, s) for t in common.TINY_DOMAINS for s in range(seeds)}
+    for name in (
+        "batch_size",
+        "lr",
+        "head_lr",
+        "epochs",
+        "steps_per_epoch",
+        "margin",
+        "beta",
+        "wise_ft",
+        "weight_decay",
+        "cue",
+    ):
+        assert committed["settings"][name] == now[name], f"results were made with another {name}"
+    readme = (root / "README.md").read_text()
+    assert f"```text\n{common.measures_table(f'{dataset}, {task}, %', runs)}\n```" in readme
+    if task == "domain-shift":
+        by_target = common.summary_table(
+            "target accuracy, %", clipood.STUDIES["components"].split(), runs, lambda row: row["target"]
+        )
+        assert f"```text\n{by_target}\n```" in readme
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -794,18 +870,16 @@ def test_checkpoint_survives_a_kill_while_it_is_written(root, tmp_path):
         ("--steps-per-epoch 0", ("--steps-per-epoch must be at least 1",)),
         ("--study loss", ("--summary", "no folder results")),
         ("--templates photo", ("{}", "'photo'")),
-        ("--output README.md", ("cannot write results to", "--output")),
+        ("--output taken", ("cannot write results to", "--output")),
     ],
 )
-def test_wrong_flag_is_one_clear_error(checkout, monkeypatch, capsys, arguments, words):
-    monkeypatch.chdir(checkout)
-    monkeypatch.setattr(sys, "argv", ["clipood.py", *arguments.split()])
+def test_wrong_flag_is_one_clear_error(command, monkeypatch, tmp_path, arguments, words):
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    (tmp_path / "results").rmdir()
     monkeypatch.setattr(common, "draw_set", quick_draw_set)
-    with pytest.raises(SystemExit) as stopped:
-        common.command(clipood.main)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and all(word in error for word in words), error
-    assert not list(checkout.glob("runs/**/*"))[1:]
+    error = command(arguments)
+    assert error.startswith("error: ") and all(word in error for word in words), error
+    assert not list(tmp_path.glob("runs/**/*"))[1:]
 
 
 def quick_draw_set(classes, labels, domain, grounds, own, rng):
