@@ -102,8 +102,8 @@ def settings() -> argparse.Namespace:
     tiny = args.model == "tiny"
     row = table["tiny CLIP"] if tiny else table.get(args.dataset, next(iter(table.values())))
     others = {"ema": 0.99 if tiny else 0.999, "head_lr": 3e-3 if tiny else 1e-3, "steps_per_epoch": 20 if tiny else 500}
-    others |= {"eval_every": int(args.study == "average")}
-    others |= {"templates": [common.OPEN_CLASS[args.dataset].template if parted else "a photo of a {}."]}
+    template = common.OPEN_CLASS[args.dataset].template if parted else "a photo of a {}."
+    others |= {"eval_every": int(args.study == "average"), "templates": [template]}
     for name, value in {**dict(zip(COLUMNS[:-1], row)), **others}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -188,9 +188,7 @@ def margin_metric_softmax(image_features, class_features, labels, logit_scale, m
         shapes = f"{tuple(image_features.shape)} and {tuple(class_features.shape)}"
         raise ValueError(f"need features (B, D) and (C, D) and margin >= 0, got {shapes}, margin={margin}")
     similarities = image_features @ class_features.T  # (B, C)
-    widened = (
-        similarities + margin * class_distances(class_features)[labels]
-    )  # D(T_y, T_y) = 0: the numerator is Eq. 3's
+    widened = similarities + margin * class_distances(class_features)[labels]  # nothing is added for c = y
     return F.cross_entropy(logit_scale * widened, labels)
 
 
@@ -231,7 +229,9 @@ def average_shares(average: str, value: float, steps: int) -> torch.Tensor:
 
 
 class BetaMovingAverage(nn.Module):
-    """Running average of a trajectory, Eq. 5: call `update(model)` once after every optimizer step, then use `.model`.
+    """Running average of a trajectory, Eq. 5-7: call `update(model)` after every optimizer step, then use `.model`.
+
+        theta_t^BMA = ( sum_{k<t} alpha_k theta_{t-1}^BMA + alpha_t theta_t ) / sum_{k<=t} alpha_k
 
     It costs one extra copy of the weights whatever T, changed in place, float32 or more whatever the model's precision.
 
