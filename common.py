@@ -778,6 +778,7 @@ def resume(checkpoint: Path, result: Path, settings: dict) -> dict:
     where = checkpoint if checkpoint.exists() else result
     if not where.exists():
         return {}
+    print(f"--resume: found {where}", flush=True)
     saved = torch.load(where, map_location="cpu", weights_only=True) if where == checkpoint else json.loads(where.read_text())
     changed = [f"{key} {saved['settings'].get(key)!r}, now {value!r}" for key, value in settings.items() if saved["settings"].get(key) != value]
     if changed:
