@@ -1,10 +1,10 @@
 """Everything the four method files share, in the order a run uses it.
 
-1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches: `load_domains`, `domain_split`, ...
+1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches: `load_domains`, `load_parts`, `few_shot`, ...
 2. CLIP         loading, class features, export: `load_clip`, `class_features`, `export_clip`
 3. MMD          `mmd2`
 4. Evaluation   `evaluate`, `harmonic_mean`
-5. Runs         flags, seeds, devices, output folders, tables
+5. Runs         flags, seeds, devices, output folders, checkpoints, tables
 
 A method file imports this file and libraries, never another method file. The images of the `tiny-` sets are painted by
 `assets/tiny_world.py`, which lies beside the CLIP that was pretrained on such images.
@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -36,6 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from assets.tiny_world import (
@@ -97,6 +99,11 @@ class ImageSet(Dataset):
         groups = None if self.groups is None else self.groups[indices]
         return replace(self, images=self.images[indices], labels=self.labels[indices], groups=groups)
 
+    def of_classes(self, chosen: range) -> ImageSet:
+        """The images of a range of classes, which are numbered from 0 again."""
+        kept = self.subset(np.flatnonzero((self.labels >= chosen.start) & (self.labels < chosen.stop)))
+        return replace(kept, labels=kept.labels - chosen.start, classes=self.classes[chosen.start : chosen.stop])
+
 
 @dataclass
 class Domain:
@@ -130,7 +137,7 @@ BENCHMARKS = {
 TINY_BENCHMARKS = {"tiny-pacs": (PACS_CLASSES, 160, 80), "tiny-office": (OFFICE_CLASSES, 80, 40)}
 
 
-def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float = 0.4) -> list[Domain]:
+def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float = 0.4, also=()) -> list[Domain]:
     """Read every domain of a benchmark, sorted by name.
 
     Args:
@@ -138,6 +145,7 @@ def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float
         root: the folder that holds the benchmarks' folders; not used by tiny sets.
         seed, cue: of the tiny sets: which images are drawn, and how often (0 ... 1) the background of a training image is its
             class's own; 1/8 is independence.
+        also: names of other data sets, for the message about an unknown one.
     Raises: InputError for an unknown name, a missing or empty folder, a class missing in one domain, a cue outside [0, 1].
     """
     if name in TINY_BENCHMARKS:
@@ -152,14 +160,19 @@ def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float
         benchmark = BENCHMARKS[name]
         path = Path(root) / benchmark.folder
         if not path.is_dir():
-            raise InputError(
-                f"data set {name!r} is not in {path}\n"
-                f"  expected: {path}/<domain>/<class>/<image>, domains {', '.join(benchmark.domains)}\n"
-                f"  get it:   {benchmark.source}; then say where with --data-root (now {str(root)!r})\n"
-                f"  or try:   --dataset {benchmark.stand_in}, which is drawn in seconds and needs no download")  # fmt: skip
+            layout = f"{path}/<domain>/<class>/<image>, domains {', '.join(benchmark.domains)}"
+            raise missing(name, path, layout, benchmark.source, root, benchmark.stand_in)
         return read_folders(path, benchmark.domains)
-    raise InputError(f"unknown data set {name!r}{did_you_mean(name, [*BENCHMARKS, *TINY_BENCHMARKS])} "
-                     f"Choose from {', '.join([*TINY_BENCHMARKS, *BENCHMARKS])}, or folder:PATH.")  # fmt: skip
+    raise InputError(f"unknown data set {name!r}{did_you_mean(name, [*BENCHMARKS, *TINY_BENCHMARKS, *also])} "
+                     f"Choose from {', '.join([*TINY_BENCHMARKS, *BENCHMARKS, *also])}, or folder:PATH.")  # fmt: skip
+
+
+def missing(name: str, path, layout: str, source: str, root, stand_in: str) -> InputError:
+    """The message for a data set that is not there."""
+    return InputError(f"data set {name!r} is not in {path}\n"
+                      f"  expected: {layout}\n"
+                      f"  get it:   {source}; then say where with --data-root (now {str(root)!r})\n"
+                      f"  or try:   --dataset {stand_in}, which is drawn in seconds and needs no download")  # fmt: skip
 
 
 def read_folders(path: Path, domains: tuple[str, ...]) -> list[Domain]:
@@ -189,6 +202,119 @@ def read_image(path: str) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise InputError(f"cannot read image {path} ({error}); mend it or remove it") from None
+
+
+@dataclass(frozen=True)
+class PartedSet:
+    """A row of the table of data sets with fixed parts train, val and test, in the layout that CoOp users have."""
+
+    folder: str
+    images: str  # their folder below it
+    lists: str  # the file or files beside it that name images or classes
+    read: Callable  # (path of the folder, this row) -> class names, {part: [(image file, label), ...]}
+    template: str = "a photo of a {}."
+
+
+def read_split(path: Path, row: PartedSet):
+    """CoOp's JSON: train, val and test, each a list of [path, label, class name]."""
+    parts = json.loads((path / row.lists).read_text())
+    names = {label: name for items in parts.values() for _, label, name in items}
+    files = {part: [(path / row.images / file, label) for file, label, _ in parts[part]] for part in ("train", "val", "test")}
+    return [names[label] for label in range(len(names))], files
+
+
+def read_aircraft(path: Path, row: PartedSet):
+    """The release's own lists: a class name a line in variants.txt, `number class name` in images_variant_<part>.txt."""
+    names, files = (path / row.lists).read_text().split("\n"), {}
+    for part in ("train", "val", "test"):
+        lines = [line.split(" ", 1) for line in (path / f"images_variant_{part}.txt").read_text().splitlines()]
+        files[part] = [(path / row.images / f"{number}.jpg", names.index(name)) for number, name in lines]
+    return [name for name in names if name], files
+
+
+def read_imagenet(path: Path, row: PartedSet):
+    """ImageNet or a set that shifts it: image folders of the classes in classnames.txt (`n01440764 tench` a line).
+
+    Its classes are those with a folder: 200 in ImageNet-A and -R. ImageNetV2 calls the folder of line i just i, which as text
+    would sort 0, 1, 10, 100. ImageNet's validation set is also its test set, the others are test sets.
+    """
+    lines = [line.split(maxsplit=1) for line in (path / row.lists).read_text().splitlines()]
+    if row.folder == "imagenetv2":
+        lines = [(str(i), name) for i, (_, name) in enumerate(lines)]
+    folders = {"train": "train", "val": "val", "test": "val"} if row.folder == "imagenet" else {"test": "."}
+    present = {folder: [line for line in lines if (path / row.images / folder / line[0]).is_dir()] for folder in folders.values()}
+    classes, *others = present.values()
+    if others and others[0] != classes:
+        raise ValueError(f"train has folders of {len(classes)} classes, val of {len(others[0])}, and they must be the same")
+    files = {part: [(file, label) for label, (own, _) in enumerate(classes) for file in sorted((path / row.images / folder / own).iterdir())
+                    if file.suffix.lower() in IMG_EXTENSIONS] for part, folder in folders.items()}  # fmt: skip
+    return [name for _, name in classes], files
+
+
+OPEN_CLASS = {
+    "imagenet": PartedSet("imagenet", "images", "classnames.txt", read_imagenet),
+    "caltech101": PartedSet("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", read_split),
+    "oxfordpets": PartedSet("oxford_pets", "images", "split_zhou_OxfordPets.json", read_split, "a photo of a {}, a type of pet."),
+    "stanfordcars": PartedSet("stanford_cars", ".", "split_zhou_StanfordCars.json", read_split),
+    "oxfordflowers": PartedSet("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json", read_split, "a photo of a {}, a type of flower."),
+    "food101": PartedSet("food-101", "images", "split_zhou_Food101.json", read_split, "a photo of {}, a type of food."),
+    "fgvcaircraft": PartedSet("fgvc_aircraft", "images", "variants.txt", read_aircraft, "a photo of a {}, a type of aircraft."),
+    "sun397": PartedSet("sun397", "SUN397", "split_zhou_SUN397.json", read_split),
+    "dtd": PartedSet("dtd", "images", "split_zhou_DescribableTextures.json", read_split, "{} texture."),
+    "eurosat": PartedSet("eurosat", "2750", "split_zhou_EuroSAT.json", read_split, "a centered satellite photo of {}."),
+    "ucf101": PartedSet("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json", read_split, "a photo of a person doing {}."),
+}  # fmt: skip
+IMAGENET_SHIFTS = {
+    "imagenetv2": PartedSet("imagenetv2", "imagenetv2-matched-frequency-format-val", "classnames.txt", read_imagenet),
+    "imagenet-sketch": PartedSet("imagenet-sketch", "images", "classnames.txt", read_imagenet),
+    "imagenet-a": PartedSet("imagenet-adversarial", "imagenet-a", "classnames.txt", read_imagenet),
+    "imagenet-r": PartedSet("imagenet-rendition", "imagenet-r", "classnames.txt", read_imagenet),
+}
+
+
+def load_parts(name: str, root: str | Path = "data") -> dict[str, ImageSet]:
+    """Parts train, val and test of a row of `OPEN_CLASS`, or test of a row of `IMAGENET_SHIFTS`.
+
+    Raises: InputError if the folder, its lists or its images are missing or not in the layout.
+    """
+    row = {**OPEN_CLASS, **IMAGENET_SHIFTS}[name]
+    path = Path(root) / row.folder
+    layout = f"{path / row.images}/ with the images, {row.lists} in {path}/"
+    if not path.is_dir():
+        raise missing(name, path, layout, "as CoOp's DATASETS.md says (github.com/KaiyangZhou/CoOp)", root, "tiny-office")
+    try:
+        names, parts = row.read(path, row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read data set {name!r} ({type(error).__name__}: {error})\n  expected: {layout}") from None
+    for part, items in parts.items():
+        if not items or not items[0][0].is_file():
+            raise InputError(f"data set {name!r} has no image {items[0][0] if items else ''} for its part {part}; expected {layout}")
+    return {part: ImageSet(np.array([str(file) for file, _ in items]), torch.tensor([label for _, label in items]), tuple(names))
+            for part, items in parts.items()}  # fmt: skip
+
+
+def few_shot(images: ImageSet, shots: int, seed: int, none_ok: bool = False) -> ImageSet:
+    """`shots` images of every class, drawn by `seed` without replacement; all of a class that has fewer, which is printed.
+
+    Raises: InputError for a class without images, unless `none_ok`.
+    """
+    rng, chosen = tiny_rng(seed, "few shots"), []
+    for label, name in enumerate(images.classes):
+        own = np.flatnonzero(images.labels == label)
+        if not len(own) and not none_ok:
+            raise InputError(f"there is no image of class {name!r} to draw {shots} shots from")
+        if len(own) < shots:
+            print(f"class {name!r} has only {len(own)} images, fewer than {shots} shots: all are used", flush=True)
+        chosen.append(rng.permutation(own)[:shots])
+    return images.subset(np.concatenate(chosen))
+
+
+def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
+    """The first half of n classes and the rest; with an odd number the middle one is base (open class) or new (in the wild)."""
+    if n < 2:
+        raise InputError(f"base and new classes need at least 2 classes, and the data set has {n}")
+    base = (n + odd_to_base) // 2
+    return range(base), range(base, n)
 
 
 def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
@@ -242,11 +368,8 @@ def load_waterbirds(root: str | Path = "data") -> dict[str, ImageSet]:
     """
     path = Path(root) / "waterbird_complete95_forest2water2"
     if not (path / "metadata.csv").is_file():
-        raise InputError(
-            f"data set 'waterbirds' is not in {path}\n"
-            f"  expected: {path}/metadata.csv with columns img_filename, y, split, place, and the images it names\n"
-            f"  get it:   the archive of that name at github.com/kohpangwei/group_DRO; then say where with --data-root (now {str(root)!r})\n"
-            f"  or try:   --dataset tiny-waterbirds, which is drawn in seconds and needs no download")  # fmt: skip
+        layout = f"{path}/metadata.csv with columns img_filename, y, split, place, and the images it names"
+        raise missing("waterbirds", path, layout, "the archive of that name at github.com/kohpangwei/group_DRO", root, "tiny-waterbirds")
     with (path / "metadata.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     try:
@@ -283,12 +406,9 @@ def load_mnist_cifar(root: str | Path = "data", seed: int = 0, download: bool = 
     for train in (True, False):
         try:
             digits, vehicles = MNIST(root, train, download=download), CIFAR10(root, train, download=download)
-        except (RuntimeError, OSError) as error:
-            raise InputError(
-                f"data set 'mnist-cifar' is not complete in {root}: {str(error).splitlines()[0]}\n"
-                f"  expected: {root}/MNIST/raw/ and {root}/cifar-10-batches-py/, as torchvision stores them\n"
-                f"  get it:   with --download, or say where it is with --data-root (now {str(root)!r})\n"
-                f"  or try:   --dataset tiny-mnist-cifar, which is drawn in seconds and needs no download") from None  # fmt: skip
+        except (RuntimeError, OSError):
+            layout = f"{root}/MNIST/raw/ and {root}/cifar-10-batches-py/, as torchvision stores them"
+            raise missing("mnist-cifar", root, layout, "--download fetches it", root, "tiny-mnist-cifar") from None
         pools = [[F.pad(digits.data[digits.targets == digit], (2, 2, 2, 2)) for digit in (0, 1)],
                  [torch.from_numpy(vehicles.data[np.array(vehicles.targets) == label]).permute(0, 3, 1, 2) for label in (1, 9)]]
         if train:
@@ -331,12 +451,14 @@ def load_tiny_mnist_cifar(seed: int = 0, sizes=(3000, 600, 1200), contrast: floa
     return splits
 
 
-def domain_split(n: int, domain_index: int, holdout: float = 0.2, trial: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def domain_split(n: int, domain_index: int, holdout: float = 0.2, trial: int = 0, part: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Split n images of a domain as DomainBed does: (held-out indices, the rest).
 
-    Args: n in ImageFolder order; domain_index: place among the sorted domain names; trial: 0 in CLIPood.
+    Args: n in ImageFolder order; domain_index: place among the sorted domain names; trial: 0 in CLIPood; part: "base" or "open"
+    where CLIPood splits the images of these classes apart.
     """
-    seed = int(hashlib.md5(str((trial, domain_index)).encode()).hexdigest(), 16) % 2**31
+    key = (trial, domain_index, part) if part else (trial, domain_index)
+    seed = int(hashlib.md5(str(key).encode()).hexdigest(), 16) % 2**31
     order = list(range(n))
     np.random.RandomState(seed).shuffle(order)
     held_out = int(holdout * n)
@@ -722,6 +844,35 @@ def run_folder(path: Path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Replace a checkpoint in one go: whoever is killed while writing leaves the one before intact."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def resume(checkpoint: Path, result: Path, settings: dict) -> dict:
+    """What `save_checkpoint` stored of an interrupted run, else the JSON `result` of a complete one, else {}.
+
+    Folders that `run_folder` could not clear, because the run was killed, are cleared.
+    Raises: InputError if its entry "settings" differs from `settings`.
+    """
+    for orphan in checkpoint.parent.glob(f".{result.parent.name}-*"):
+        shutil.rmtree(orphan)
+    where = checkpoint if checkpoint.exists() else result
+    if not where.exists():
+        return {}
+    print(f"--resume: found {where}", flush=True)
+    saved = torch.load(where, map_location="cpu", weights_only=True) if where == checkpoint else json.loads(where.read_text())
+    changed = [f"{key} {saved['settings'].get(key)!r}, now {value!r}" for key, value in settings.items() if saved["settings"].get(key) != value]
+    if changed:
+        raise InputError(f"--resume: {where} has other settings ({'; '.join(changed)}); give those, or leave --resume out to start anew")
+    return saved
+
+
 def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
@@ -752,15 +903,31 @@ def run_table(title: str, results: dict[str, dict]) -> str:
     return format_table(title, columns, rows) + "\n" + note
 
 
-def summary_table(title: str, modes: list[str], runs: list[dict]) -> str:
+def summary_table(title: str, modes: list[str], runs: list[dict], measure=lambda result: result["target"]["accuracy"]) -> str:
     """The papers' table: a row for each mode, a column for each target and their average, mean ± deviation over seeds."""
     targets, seeds = (list(dict.fromkeys(run[key] for run in runs)) for key in ("target", "seed"))
     rows = {}
     for mode in modes:
-        accuracy = {(run["target"], run["seed"]): run["modes"][mode]["target"]["accuracy"] for run in runs}
+        accuracy = {(run["target"], run["seed"]): measure(run["modes"][mode]) for run in runs}
         columns = [[accuracy[target, seed] for seed in seeds] for target in targets]
         rows[mode] = [percent(column) for column in [*columns, np.mean(columns, axis=0)]]
     return format_table(title, [*targets, "average"], rows)
+
+
+def seed_means(runs: list[dict], mode: str, measure: str) -> list[float]:
+    """Accuracy of a mode averaged over targets, for every seed; [] where it has none. runs: as in `measures_table`."""
+    of_seed = {run["seed"]: [] for run in runs if measure in run["modes"][mode]}
+    for run in runs:
+        of_seed.get(run["seed"], []).append(run["modes"][mode].get(measure))
+    return [float(np.mean(values)) for values in of_seed.values()]
+
+
+def measures_table(title: str, runs: list[dict]) -> str:
+    """A row for each mode, a column for each measure, of runs {"seed", "modes": {mode: {measure: accuracy}}}: averages over the
+    runs of a seed, mean ± deviation over seeds; - where a mode lacks a measure."""
+    measures = list(max(runs[0]["modes"].values(), key=len))
+    rows = {mode: [seed_means(runs, mode, measure) for measure in measures] for mode in runs[0]["modes"]}
+    return format_table(title, measures, {mode: [percent(v) if v else "-" for v in row] for mode, row in rows.items()})
 
 
 def slug(text: str) -> str:

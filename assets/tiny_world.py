@@ -223,7 +223,8 @@ def paint_art(names, backgrounds, colors, pose, rng):
         distance = (center_y - y) ** 2 + 2.5 * (center_x - x) ** 2  # strokes are taller than broad
         nearer = distance < nearest
         nearest[nearer], stroke_y[nearer], stroke_x[nearer] = distance[nearer], center_y[nearer], center_x[nearer]
-    image = np.clip(1.1 * image, 0, 1)[np.arange(n)[:, None, None], stroke_y.astype(int), stroke_x.astype(int)]
+    row, column = (np.minimum(stroke.astype(int), SIDE - 1) for stroke in (stroke_y, stroke_x))  # 17 + jitter may round to 18
+    image = np.clip(1.1 * image, 0, 1)[np.arange(n)[:, None, None], row, column]
     tint = np.eye(3) + 0.15 * rng.standard_normal((n, 3, 3))  # a palette of its own
     image = np.clip(np.einsum("nhwc,ncd->nhwd", image, tint.astype(np.float32)), 0, 1)
     return np.round(image * 6) / 6

@@ -1,4 +1,4 @@
-"""Helpers of several test files: a command run as a user runs it, and generated trees in the layouts of real data sets."""
+"""Helpers of several test files: commands run as a user runs them, generated trees in the layouts of real data sets."""
 
 import os
 import re

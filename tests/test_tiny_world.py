@@ -115,3 +115,9 @@ def test_tiny_clip_says_how_it_was_made():
     assert len(metadata["curve"]) == metadata["training"]["epochs"]
     assert tuple(metadata["vocabulary"]) == common.TINY_VOCABULARY
     assert set(metadata["zero_shot"]["pretraining pose"]) == set(common.TINY_DOMAINS)
+
+
+def test_a_brush_stroke_never_leaves_the_canvas():
+    """Seed 1000 draws a jitter that float32 rounds up to the edge of its cell; for the last cell that is pixel 32."""
+    domain = common.tiny_domain("tiny-office", "art_painting", 1000, 0.4)
+    assert domain.images.images.shape == (1280, 3, 32, 32) and domain.balanced.images.shape == (640, 3, 32, 32)
