@@ -473,7 +473,8 @@ def plot_lines(panels: dict[str, dict], x_label: str, y_label: str, path: Path, 
             error = y.std(1, ddof=1) if y.shape[1] > 1 else None
             panel.errorbar(x, y.mean(1), error, marker="." if len(x) < 50 else "", capsize=3, label=label)
         panel.set(title=title, xlabel=x_label, ylabel=y_label, **scales)
-    axes[0, -1].legend(fontsize="small")
+    labels = axes[0, -1].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=len(labels[0]), fontsize="small")
     save_figure(figure, path)
 
 

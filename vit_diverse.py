@@ -43,8 +43,8 @@ VARYING = ("model", "depth", "dim_head", "batch_size", "epochs", "lr", "div_lr",
 DEFAULTS = {
     "tiny-mnist-cifar": ("scratch", 4, 16, 80, 20, 1e-3, 1e-3, 100_000, "none"),
     "mnist-cifar": ("scratch", 6, 64, 80, 100, 1e-4, 1e-3, 100, "token"),
-    "tiny-waterbirds": ("tiny", 4, 16, 80, 5, 1e-4, 1e-4, 100, "token"),
-    "waterbirds": ("vit_b_16", 6, 64, 64, 10, 1e-5, 1e-5, 100, "token"),
+    "tiny-waterbirds": ("tiny", 4, 16, 80, 5, 1e-4, 1e-4, 1, "token"),
+    "waterbirds": ("vit_b_16", 6, 64, 64, 10, 1e-5, 1e-5, 1, "token"),
 }
 BUDGETS, DRAWS = (8, 16, 32, 64), 50  # labelled OOD images to choose heads with, random draws of so many
 
@@ -624,7 +624,7 @@ def plot_lambda(title: str, runs: list[dict]):
     for axes, label in ((left, "accuracy, %"), (right, "mean |cosine| of input gradients, %")):
         axes.set_xticks(range(len(names)), [name.removeprefix("lambda ") for name in names])
         axes.set(xlabel="lambda", ylabel=label, title=title)
-        axes.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
