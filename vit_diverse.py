@@ -80,7 +80,7 @@ def settings() -> argparse.Namespace:
     training("--div-lr", type=float, help="learning rate of DIV, with the same schedule")
     study = parser.add_argument_group("studies").add_argument
     study("--study", choices=("budget", "lambda"), help="choose heads on few OOD images, or sweep lambda in DIV")
-    study("--lambdas", type=float, nargs="+", default=[0, 1, 10, 100, 1000], help="default: 0 1 10 100 1000")
+    study("--lambdas", type=float, nargs="+", help="default: 0, and 1/100, 1/10, 1 and 10 times --lambda")
     study("--figures", action="store_true", help="draw what single heads see, how they agree, and the study's curves")
     args = common.run_flags(parser, "<dataset>-seed<seed>").parse_args()
 
@@ -93,8 +93,10 @@ def settings() -> argparse.Namespace:
     for name in ("batch_size", "epochs", "depth", "dim", "heads", "dim_head", "mlp_dim"):
         if getattr(args, name) < 1:
             raise common.InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if min(weights := [vars(args)["lambda"], *args.lambdas]) < 0:
-        raise common.InputError(f"lambda must be 0 or more, got {min(weights)}")
+    weight = vars(args)["lambda"]
+    args.lambdas = args.lambdas or [0, *(weight * 10**power for power in (-2, -1, 0, 1))]
+    if min(weight, *args.lambdas) < 0:
+        raise common.InputError(f"lambda must be 0 or more, got {min(weight, *args.lambdas)}")
     return common.settle(args)
 
 
@@ -418,7 +420,7 @@ def train(model, splits, weight: float, lr: float, args, seed: int) -> list[dict
     loader = DataLoader(splits["train"], args.batch_size, shuffle=True, generator=generator, collate_fn=common.as_is,
                         num_workers=args.workers)  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(share * args.epochs) for share in (0.7, 0.8)], 0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(s * args.epochs) or 1 for s in (0.7, 0.8)], 0.1)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
 
     for epoch in tqdm(range(1, args.epochs + 1), desc=f"lambda {weight:g}", disable=None):
@@ -485,10 +487,8 @@ def evaluate(model, splits, weights, args, seed: int) -> dict:
 
 
 def published_rule(history: list[dict]) -> dict[str, float]:
-    """The +SEL row as the paper selected it: the best (epoch, head) on each validation set; ID and OOD are two models.
-
-    history: for every epoch {set: accuracies of the heads, (H,)} of the four sets that do not train.
-    """
+    """The +SEL row as the paper selected it: on each validation set the best (epoch, head), ID and OOD are two models.
+    history: for every epoch {set: accuracies of the heads, (H,)} of the four sets that do not train."""
     row = {}
     for kind in ("id", "ood"):
         validation, test = (np.array([epoch[f"{part}_{kind}"] for epoch in history]) for part in ("val", "test"))
