@@ -45,14 +45,16 @@ from assets.tiny_world import (
     COLORS,
     OFFICE_CLASSES,
     PACS_CLASSES,
-    PRETRAINING_POSE,
     SIDE,
+    SPURIOUS_SPLITS,
     TINY_DOMAINS,
+    VEHICLES,
     WATERBIRD_CLASSES,
-    Pose,
-    draw,
+    draw_digits_and_vehicles,
+    draw_domain,
+    draw_waterbirds,
+    spurious_digits,
     tiny_rng,
-    trace,
 )
 
 
@@ -318,19 +320,10 @@ def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
 
 
 def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
-    """Draw one domain of a tiny benchmark: its cued training part and its balanced part, from separate random streams."""
+    """Draw one domain of a tiny benchmark: its cued training part and its balanced part."""
     check_cue(cue)
-    classes, training_size, balanced_size = TINY_BENCHMARKS[name]
-    own = np.arange(len(classes)) % len(BACKGROUNDS)  # the background that goes with each class
-
-    rng = tiny_rng(seed, name, domain, "training")
-    labels = np.repeat(np.arange(len(classes)), training_size)
-    other = (own[labels] + rng.integers(1, len(BACKGROUNDS), len(labels))) % len(BACKGROUNDS)
-    cued = draw_set(classes, labels, domain, np.where(rng.random(len(labels)) < cue, own[labels], other), own, rng)
-
-    rng = tiny_rng(seed, name, domain, "balanced")
-    labels = np.repeat(np.arange(len(classes)), balanced_size)
-    return Domain(domain, cued, draw_set(classes, labels, domain, np.arange(len(labels)) % len(BACKGROUNDS), own, rng))
+    classes, *sizes = TINY_BENCHMARKS[name]
+    return Domain(domain, *(ImageSet(*part[:2], classes, part[2]) for part in draw_domain(name, classes, domain, seed, cue, sizes)))
 
 
 def check_cue(cue: float) -> None:
@@ -338,27 +331,11 @@ def check_cue(cue: float) -> None:
         raise InputError(f"--cue is a probability between 0 and 1, got {cue}")
 
 
-def draw_set(classes, labels, domain, grounds, own, rng) -> ImageSet:
-    """Things `classes[labels]` on backgrounds number `grounds`; group 1 is where the background is the class's own."""
-    names, kinds = [classes[i] for i in labels], [list(BACKGROUNDS)[i] for i in grounds]
-    pixels = draw(names, domain, kinds, rng.choice(list(COLORS), len(names)), rng)
-    return ImageSet(pixels, torch.from_numpy(labels), tuple(classes), torch.from_numpy((own[labels] == grounds).astype(np.int64)))
-
-
-def load_tiny_waterbirds(seed: int = 0, cue: float = 0.95, sizes=(2000, 400, 800)) -> dict[str, ImageSet]:
-    """Land- and waterbirds (photos) on land and water: train (place goes with the bird with probability `cue`), val and test
-    (all four groups alike). Groups: 2 * bird + place."""
+def load_tiny_waterbirds(seed: int = 0, cue: float = 0.95, **sizes) -> dict[str, ImageSet]:
+    """Land- and waterbirds on land and water, drawn: see `assets/tiny_world.py`. Groups: 2 * bird + place."""
     check_cue(cue)
-    splits = {}
-    for split, size in zip(("train", "val", "test"), sizes):
-        rng = tiny_rng(seed, "tiny-waterbirds", split)
-        birds, places = np.arange(size) % 2, np.arange(size) // 2 % 2
-        if split == "train":
-            places = np.where(rng.random(size) < cue, birds, 1 - birds)
-        kinds = np.where(places == 1, "water", rng.choice(("grass", "sand"), size))
-        pixels = draw([WATERBIRD_CLASSES[i] for i in birds], "photo", kinds, rng.choice(list(COLORS), size), rng)
-        splits[split] = ImageSet(pixels, torch.from_numpy(birds), WATERBIRD_CLASSES, torch.from_numpy(2 * birds + places))
-    return splits
+    drawn = draw_waterbirds(seed, cue, **sizes)
+    return {part: ImageSet(pixels, labels, WATERBIRD_CLASSES, groups) for part, (pixels, labels, groups) in drawn.items()}
 
 
 def load_waterbirds(root: str | Path = "data") -> dict[str, ImageSet]:
@@ -383,15 +360,6 @@ def load_waterbirds(root: str | Path = "data") -> dict[str, ImageSet]:
         if not len(part):
             raise InputError(f"{path / 'metadata.csv'} lists no image of the {name} part")
     return parts
-
-
-SPURIOUS_SPLITS = {"train": 0.9, "val_id": 0.9, "test_id": 0.9, "val_ood": 0.5, "test_ood": 0.5}  # how often digit and vehicle agree
-VEHICLES = ("car", "truck")
-
-
-def spurious_digits(vehicles: np.ndarray, split: str, rng) -> np.ndarray:
-    """A digit (0 or 1) for every vehicle (0 or 1), equal to it as often as `SPURIOUS_SPLITS` says."""
-    return np.where(rng.random(len(vehicles)) < SPURIOUS_SPLITS[split], vehicles, 1 - vehicles)
 
 
 def load_mnist_cifar(root: str | Path = "data", seed: int = 0, download: bool = False) -> dict[str, ImageSet]:
@@ -426,29 +394,10 @@ def load_mnist_cifar(root: str | Path = "data", seed: int = 0, download: bool = 
     return splits
 
 
-VEHICLE_POSE = Pose(size=(0.8, 0.95), turn=5, shift=0.05)  # large: a vehicle has only 16 x 16 pixels
-
-
-def load_tiny_mnist_cifar(seed: int = 0, sizes=(3000, 600, 1200), contrast: float = 0.4, noise: float = 0.22) -> dict[str, ImageSet]:
-    """A digit above a vehicle, 32 x 16 pixels: `sizes` images for training, validation and test.
-
-    The vehicle (car 0, truck 1) is the label; see `SPURIOUS_SPLITS` for the digit (0 or 1). Groups: 2 * vehicle + digit.
-    The digit is easy to see. The vehicle stands in fog and grain (contrast and noise, as shares of the range of a pixel),
-    so that it tells the class less surely than the digit does in training, and leaning on the digit pays there.
-    """
-    shrink = lambda pixels: F.avg_pool2d(torch.as_tensor(pixels, dtype=torch.float32), 2)  # noqa: E731
-    splits = {}
-    for split, size in zip(SPURIOUS_SPLITS, (*sizes, *sizes[1:])):
-        rng = tiny_rng(seed, "tiny-mnist-cifar", split)
-        vehicles = np.arange(size) % 2
-        digits = spurious_digits(vehicles, split, rng)
-        top = shrink(trace([("digit 0", "digit 1")[i] for i in digits], PRETRAINING_POSE, 4, rng)[2])[:, None].expand(-1, 3, -1, -1)
-        kinds, colors = rng.choice(("sky", "snow", "sand"), size), rng.choice(list(COLORS), size)
-        bottom = shrink(draw([VEHICLES[i] for i in vehicles], "photo", kinds, colors, rng, VEHICLE_POSE)) / 255  # (N, 3, 16, 16)
-        bottom = 0.5 + contrast * (bottom - 0.5) + noise * torch.from_numpy(rng.standard_normal((size, 1, 16, 16), dtype=np.float32))
-        pixels = (255 * torch.cat([top, bottom], 2)).clamp(0, 255).to(torch.uint8)
-        splits[split] = ImageSet(pixels, torch.from_numpy(vehicles), VEHICLES, torch.from_numpy(2 * vehicles + digits))
-    return splits
+def load_tiny_mnist_cifar(seed: int = 0, **difficulty) -> dict[str, ImageSet]:
+    """A digit above a vehicle, drawn: see `assets/tiny_world.py`. Groups: 2 * vehicle + digit."""
+    drawn = draw_digits_and_vehicles(seed, **difficulty)
+    return {part: ImageSet(pixels, labels, VEHICLES, groups) for part, (pixels, labels, groups) in drawn.items()}
 
 
 def domain_split(n: int, domain_index: int, holdout: float = 0.2, trial: int = 0, part: str = "") -> tuple[np.ndarray, np.ndarray]:

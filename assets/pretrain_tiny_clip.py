@@ -45,7 +45,7 @@ def draw_corpus(count: int, seed: int, share: dict[str, float]):
     for domain in share:
         n = int((domains == domain).sum())
         things, colors, grounds = (rng.choice(words, n) for words in (THINGS, list(common.COLORS), list(common.BACKGROUNDS)))
-        images.append(common.draw(things, domain, grounds, colors, rng, common.PRETRAINING_POSE))
+        images.append(tiny_world.draw(things, domain, grounds, colors, rng, tiny_world.PRETRAINING_POSE))
         attributes += zip([domain] * n, colors, things, grounds)
     return torch.cat(images), attributes
 
@@ -79,7 +79,7 @@ def zero_shot_table(model, tokenizer, preprocess, per_domain: int, seed: int, de
     for domain in common.TINY_DOMAINS:
         labels = np.arange(per_domain) % len(classes)
         colors, grounds = (rng.choice(list(words), per_domain) for words in (common.COLORS, common.BACKGROUNDS))
-        images = common.draw([classes[i] for i in labels], domain, grounds, colors, rng, pose)
+        images = tiny_world.draw([classes[i] for i in labels], domain, grounds, colors, rng, pose)
         sets[domain] = common.ImageSet(images, torch.from_numpy(labels), classes, transform=preprocess)
     classify = common.clip_classifier(model.visual, common.class_features(model, tokenizer, classes, device=device))
     return common.evaluate(classify, sets, device)["per_domain"]
@@ -130,14 +130,14 @@ def main():
             schedule.step()
             model.logit_scale.data.clamp_(max=np.log(100))
             total += loss.detach()
-        table = zero_shot_table(model.eval(), tokenizer, preprocess, 800, args.seed, device, common.PRETRAINING_POSE)
+        table = zero_shot_table(model.eval(), tokenizer, preprocess, 800, args.seed, device, tiny_world.PRETRAINING_POSE)
         curve.append({"epoch": epoch + 1, "loss": round(float(total) / steps_per_epoch, 4), "zero_shot": table})
         print(f"{time.time() - start:6.0f} s", json.dumps(curve[-1]), flush=True)
 
     weights = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})  # judge what is stored
     final = {name: zero_shot_table(model, tokenizer, preprocess, 3200, args.seed + 1, device, pose)
-             for name, pose in (("pretraining pose", common.PRETRAINING_POSE), ("task pose", tiny_world.TASK_POSE))}  # fmt: skip
+             for name, pose in (("pretraining pose", tiny_world.PRETRAINING_POSE), ("task pose", tiny_world.TASK_POSE))}  # fmt: skip
     print("zero-shot over 16 classes:", json.dumps(final))
     metadata = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG, "vocabulary": common.TINY_VOCABULARY,
                 "training": {**vars(args), "output": None, "domain_share": DOMAIN_SHARE, "seconds": round(time.time() - start)},

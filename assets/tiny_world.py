@@ -2,7 +2,8 @@
 
 A *drawing* is a list of polygons in unit coordinates (x to the right, y down, the thing fills -1 ... 1).
 A *domain* is a way to paint it. The rest of an image is its colour, its background and its pose.
-`common.py` makes data sets of it; the shipped CLIP was pretrained on it, so its random streams must stay as they are.
+The tiny sets stand at the end; `common.py` makes image sets of them. The shipped CLIP was pretrained on this world, so its
+random streams must stay as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 SIDE = 32  # pixels
@@ -272,3 +274,74 @@ def draw(names, domain, backgrounds, colors, rng, pose=TASK_POSE):
 def tiny_rng(seed, *key):
     """A random generator of its own for every (seed, purpose), so that no two sets share images."""
     return np.random.default_rng([seed, zlib.crc32("/".join(map(str, key)).encode())])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The tiny sets: every part is (pixels (N, 3, h, w) uint8, labels (N,), groups (N,)), from a random stream of its own
+# ---------------------------------------------------------------------------------------------------
+
+
+def draw_domain(name, classes, domain, seed, cue, sizes):
+    """A training part, where a thing stands on its class's own background with probability `cue`, and a balanced part.
+
+    sizes: images per class in either part. Group 1 is where the background is the class's own.
+    """
+    own = np.arange(len(classes)) % len(BACKGROUNDS)  # the background that goes with each class
+    for part, size in zip(("training", "balanced"), sizes):
+        rng = tiny_rng(seed, name, domain, part)
+        labels = np.repeat(np.arange(len(classes)), size)
+        if part == "training":
+            other = (own[labels] + rng.integers(1, len(BACKGROUNDS), len(labels))) % len(BACKGROUNDS)
+            grounds = np.where(rng.random(len(labels)) < cue, own[labels], other)
+        else:
+            grounds = np.arange(len(labels)) % len(BACKGROUNDS)
+        names, kinds = [classes[i] for i in labels], [list(BACKGROUNDS)[i] for i in grounds]
+        pixels = draw(names, domain, kinds, rng.choice(list(COLORS), len(names)), rng)
+        yield pixels, torch.from_numpy(labels), torch.from_numpy((own[labels] == grounds).astype(np.int64))
+
+
+def draw_waterbirds(seed, cue, sizes=(2000, 400, 800)):
+    """Land- and waterbirds (photos) on land and water: train (place goes with the bird with probability `cue`), val and test
+    (all four groups alike). Groups: 2 * bird + place."""
+    parts = {}
+    for part, size in zip(("train", "val", "test"), sizes):
+        rng = tiny_rng(seed, "tiny-waterbirds", part)
+        birds, places = np.arange(size) % 2, np.arange(size) // 2 % 2
+        if part == "train":
+            places = np.where(rng.random(size) < cue, birds, 1 - birds)
+        kinds = np.where(places == 1, "water", rng.choice(("grass", "sand"), size))
+        pixels = draw([WATERBIRD_CLASSES[i] for i in birds], "photo", kinds, rng.choice(list(COLORS), size), rng)
+        parts[part] = pixels, torch.from_numpy(birds), torch.from_numpy(2 * birds + places)
+    return parts
+
+
+SPURIOUS_SPLITS = {"train": 0.9, "val_id": 0.9, "test_id": 0.9, "val_ood": 0.5, "test_ood": 0.5}  # how often digit and vehicle agree
+VEHICLES = ("car", "truck")
+VEHICLE_POSE = Pose(size=(0.8, 0.95), turn=5, shift=0.05)  # large: a vehicle has only 16 x 16 pixels
+
+
+def spurious_digits(vehicles, split, rng):
+    """A digit (0 or 1) for every vehicle (0 or 1), equal to it as often as `SPURIOUS_SPLITS` says."""
+    return np.where(rng.random(len(vehicles)) < SPURIOUS_SPLITS[split], vehicles, 1 - vehicles)
+
+
+def draw_digits_and_vehicles(seed, sizes=(3000, 600, 1200), contrast=0.4, noise=0.22):
+    """A digit above a vehicle, 32 x 16 pixels: `sizes` images for training, validation and test.
+
+    The vehicle (car 0, truck 1) is the label; see `SPURIOUS_SPLITS` for the digit (0 or 1). Groups: 2 * vehicle + digit.
+    The digit is easy to see. The vehicle stands in fog and grain (contrast and noise, as shares of the range of a pixel),
+    so that it tells the class less surely than the digit does in training, and leaning on the digit pays there.
+    """
+    shrink = lambda pixels: F.avg_pool2d(torch.as_tensor(pixels, dtype=torch.float32), 2)  # noqa: E731
+    parts = {}
+    for part, size in zip(SPURIOUS_SPLITS, (*sizes, *sizes[1:])):
+        rng = tiny_rng(seed, "tiny-mnist-cifar", part)
+        vehicles = np.arange(size) % 2
+        digits = spurious_digits(vehicles, part, rng)
+        top = shrink(trace([("digit 0", "digit 1")[i] for i in digits], PRETRAINING_POSE, 4, rng)[2])[:, None].expand(-1, 3, -1, -1)
+        kinds, colors = rng.choice(("sky", "snow", "sand"), size), rng.choice(list(COLORS), size)
+        bottom = shrink(draw([VEHICLES[i] for i in vehicles], "photo", kinds, colors, rng, VEHICLE_POSE)) / 255  # (N, 3, 16, 16)
+        bottom = 0.5 + contrast * (bottom - 0.5) + noise * torch.from_numpy(rng.standard_normal((size, 1, 16, 16), dtype=np.float32))
+        pixels = (255 * torch.cat([top, bottom], 2)).clamp(0, 255).to(torch.uint8)
+        parts[part] = pixels, torch.from_numpy(vehicles), torch.from_numpy(2 * vehicles + digits)
+    return parts

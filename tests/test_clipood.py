@@ -24,6 +24,7 @@ from torch import nn
 
 import clipood
 import common
+from assets import tiny_world
 from clipood import BetaMovingAverage, average_shares, beta_weights, class_distances, margin_metric_softmax
 
 # ---------------------------------------------------------------------------------------------------
@@ -514,7 +515,7 @@ def small_run(arguments, images_per_class=8, poison=None):
     train = {}
     for domain in ("photo", "cartoon"):
         names = [name for name in common.PACS_CLASSES for _ in range(images_per_class)]
-        pixels = common.draw(names, domain, ["grass"] * len(names), ["red"] * len(names), rng)
+        pixels = tiny_world.draw(names, domain, ["grass"] * len(names), ["red"] * len(names), rng)
         labels = torch.arange(7).repeat_interleave(images_per_class)
         train[domain] = common.ImageSet(pixels, labels, common.PACS_CLASSES, transform=augment)
     if poison is not None:
@@ -875,14 +876,13 @@ def test_readme_tables_are_the_committed_runs(root, task, dataset, seeds):
 def test_wrong_flag_is_one_clear_error(command, monkeypatch, tmp_path, arguments, words):
     (tmp_path / "taken").write_text("a file where a folder should be")
     (tmp_path / "results").rmdir()
-    monkeypatch.setattr(common, "draw_set", quick_draw_set)
+    monkeypatch.setattr(common, "draw_domain", quick_draw_domain)
     error = command(arguments)
     assert error.startswith("error: ") and all(word in error for word in words), error
     assert not list(tmp_path.glob("runs/**/*"))[1:]
 
 
-def quick_draw_set(classes, labels, domain, grounds, own, rng):
+def quick_draw_domain(name, classes, domain, seed, cue, sizes):
     """Grey in place of drawings, where a test ends before it looks at an image."""
-    return common.ImageSet(
-        torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8), torch.from_numpy(labels), tuple(classes)
-    )
+    for labels in (torch.arange(len(classes)).repeat_interleave(size) for size in sizes):
+        yield torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8), labels, torch.zeros_like(labels)

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 import common
+from assets import tiny_world
 
 
 def fingerprints(images):
@@ -97,8 +98,8 @@ def test_tiny_clip_recognises_fresh_images_and_has_a_domain_gap():
     for domain in common.TINY_DOMAINS:
         labels = np.arange(800) % 16
         colors, grounds = rng.choice(list(common.COLORS), 800), rng.choice(list(common.BACKGROUNDS), 800)
-        pixels = common.draw(
-            [common.OFFICE_CLASSES[i] for i in labels], domain, grounds, colors, rng, common.PRETRAINING_POSE
+        pixels = tiny_world.draw(
+            [common.OFFICE_CLASSES[i] for i in labels], domain, grounds, colors, rng, tiny_world.PRETRAINING_POSE
         )
         images = common.ImageSet(pixels, torch.from_numpy(labels), common.OFFICE_CLASSES, transform=preprocess)
         accuracy[domain] = common.evaluate(common.clip_classifier(model.visual, features), {domain: images})["accuracy"]
