@@ -1,13 +1,13 @@
 """Everything the four method files share, in the order a run uses it.
 
 1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches: `load_domains`, `load_parts`, `few_shot`, ...
-2. CLIP         loading, class features, export: `load_clip`, `class_features`, `export_clip`
+2. CLIP         loading, class features, learned prompts, export: `load_clip`, `class_features`, `CoOp`, `export_clip`
 3. MMD          `mmd2`
 4. Evaluation   `evaluate`, `harmonic_mean`
 5. Runs         flags, seeds, devices, output folders, checkpoints, tables
 
-A method file imports this file and libraries, never another method file. The images of the `tiny-` sets are painted by
-`assets/tiny_world.py`, which lies beside the CLIP that was pretrained on such images.
+A method file imports this file and libraries, never another method file. `assets/tiny_world.py`, which lies beside the tiny
+CLIP, paints the `tiny-` sets and knows the CLIP's words; the error class `InputError` comes from there too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -35,14 +36,13 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from assets.tiny_world import (
-    BACKGROUNDS,
-    COLORS,
     OFFICE_CLASSES,
     PACS_CLASSES,
     SIDE,
@@ -50,17 +50,14 @@ from assets.tiny_world import (
     TINY_DOMAINS,
     VEHICLES,
     WATERBIRD_CLASSES,
+    InputError,
+    WordTokenizer,
     draw_digits_and_vehicles,
     draw_domain,
     draw_waterbirds,
     spurious_digits,
     tiny_rng,
 )
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message names it, its value and what to do. Commands end with exit code 2."""
-
 
 # ---------------------------------------------------------------------------------------------------
 # 1. Data
@@ -321,19 +318,12 @@ def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
 
 def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
     """Draw one domain of a tiny benchmark: its cued training part and its balanced part."""
-    check_cue(cue)
     classes, *sizes = TINY_BENCHMARKS[name]
     return Domain(domain, *(ImageSet(*part[:2], classes, part[2]) for part in draw_domain(name, classes, domain, seed, cue, sizes)))
 
 
-def check_cue(cue: float) -> None:
-    if not 0 <= cue <= 1:
-        raise InputError(f"--cue is a probability between 0 and 1, got {cue}")
-
-
 def load_tiny_waterbirds(seed: int = 0, cue: float = 0.95, **sizes) -> dict[str, ImageSet]:
     """Land- and waterbirds on land and water, drawn: see `assets/tiny_world.py`. Groups: 2 * bird + place."""
-    check_cue(cue)
     drawn = draw_waterbirds(seed, cue, **sizes)
     return {part: ImageSet(pixels, labels, WATERBIRD_CLASSES, groups) for part, (pixels, labels, groups) in drawn.items()}
 
@@ -476,37 +466,6 @@ def source_batches(sets: dict[str, ImageSet], per_domain: int, seed: int, worker
 # ---------------------------------------------------------------------------------------------------
 
 TINY_CLIP = Path(__file__).with_name("assets") / "tiny_clip.safetensors"  # made by assets/pretrain_tiny_clip.py
-TINY_VOCABULARY = tuple(sorted({*OFFICE_CLASSES, *WATERBIRD_CLASSES, *COLORS, *BACKGROUNDS, "a", "an", "of", "on", "in", "the",
-                                "photo", "painting", "art", "cartoon", "sketch", "drawing", "picture", "image", "background"}))  # fmt: skip
-
-
-class WordTokenizer:
-    """One token a word, for the tiny CLIP. Called with a text or a list of texts it returns (n, context_length) int64.
-
-    Token 0 is padding; the end token has the highest number, where open_clip's text tower reads the feature.
-    """
-
-    def __init__(self, vocabulary, context_length):
-        self.tokens = {word: i + 1 for i, word in enumerate(vocabulary)}
-        self.end = len(vocabulary) + 1
-        self.context_length = context_length
-
-    def __call__(self, texts):
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
-        for row, text in zip(tokens, texts):
-            words = text.lower().replace(".", " ").replace(",", " ").split()
-            unknown = [word for word in words if word not in self.tokens]
-            if unknown:
-                raise InputError(f"the tiny CLIP does not know the word {unknown[0]!r} (in {text!r}); "
-                                 f"it knows: {', '.join(self.tokens)}")  # fmt: skip
-            if len(words) >= self.context_length:
-                raise InputError(f"{text!r} has {len(words)} words, the tiny CLIP reads at most {self.context_length - 1}")
-            ids = [self.tokens[word] for word in words] + [self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
-
-
 def image_transform(model, train: bool = False):
     """The model's own preprocessing (open_clip's, written with transforms that take PIL images and uint8 batches alike).
 
@@ -576,8 +535,13 @@ def load_clip(name: str = "tiny", pretrained: str | None = None, device: str | t
 def class_features(model, tokenizer, class_names, templates=("a photo of a {}.",), device="cpu") -> torch.Tensor:
     """Text features of the classes, unit-norm (C, D): each class averaged over the templates. Underscores become spaces.
 
+    templates: ["ensemble"] stands for open_clip's 80 ImageNet templates, or those of them whose words the tiny CLIP knows.
     Raises: InputError if a template has no `{}`.
     """
+    if list(templates) == ["ensemble"]:
+        every = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        known = lambda text: {*WordTokenizer.words(text)} - {"{}"} <= {*tokenizer.tokens}  # noqa: E731
+        templates = [text for text in every if known(text)] if isinstance(tokenizer, WordTokenizer) else every
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
         raise InputError(f"a template needs {{}} where the class name goes, got {wrong[0] if wrong else templates!r}")
@@ -586,6 +550,53 @@ def class_features(model, tokenizer, class_names, templates=("a photo of a {}.",
         tokens = tokenizer([template.format(name.replace("_", " ")) for template in templates]).to(device)
         features.append(model.encode_text(tokens, normalize=True).mean(0))
     return F.normalize(torch.stack(features), dim=-1)
+
+
+def encode_prompts(model, tokens: torch.Tensor, start: int, vectors: torch.Tensor) -> torch.Tensor:
+    """Text features, unit-norm (n, D), of prompts in which learned vectors stand in for words.
+
+    Args: tokens (n, L); vectors (m, W), or (n, m, W) with vectors of its own for every prompt: the word embeddings at places
+    start ... start + m - 1. Gradients flow to the vectors.
+    """
+    def replace_words(module, arguments, embedded):  # (n, L, W)
+        own = vectors.to(embedded.dtype).expand(len(embedded), -1, -1)
+        return torch.cat([embedded[:, :start], own, embedded[:, start + own.shape[1] :]], 1)
+    handle = getattr(model, "text", model).token_embedding.register_forward_hook(replace_words)
+    try:
+        return model.encode_text(tokens, normalize=True)
+    finally:
+        handle.remove()
+
+
+def first_word(tokenizer) -> int:
+    """Where the first word of a tokenised text stands: 1 after a start token, 0 where there is none (tiny CLIP)."""
+    return int(tokenizer("")[0, 0] == tokenizer("a")[0, 0])
+
+
+class CoOp(nn.Module):
+    """Learned context in front of the class names, the same for all classes (Zhou et al., IJCV 2022, Eq. 2).
+
+        prompt of class c = v_1 ... v_m [name of c].        v (m, W): the only parameters
+
+    Args: context: a text, from whose word embeddings v starts (at the zero-shot prompt), or m, for a random start as in the paper
+    (standard deviation 0.02, from torch's generator).
+    """
+    def __init__(self, model, tokenizer, class_names, context: str | int = "a photo of a", device="cpu"):
+        super().__init__()
+        self.start = first_word(tokenizer)
+        embedding = getattr(model, "text", model).token_embedding
+        if isinstance(context, str):
+            words = tokenizer(context)[0]
+            vectors = embedding(words[self.start : int(words.argmax())].to(device))  # up to the end token, the highest number
+        else:
+            vectors = 0.02 * torch.randn(context, embedding.embedding_dim).to(device)
+        self.context = nn.Parameter(vectors.detach().float())
+        texts = [f"{'a ' * len(vectors)}{name.replace('_', ' ')}." for name in class_names]
+        self.encode = functools.partial(encode_prompts, model, tokenizer(texts).to(device), self.start)
+
+    def forward(self) -> torch.Tensor:
+        """Class features, unit-norm (C, D)."""
+        return self.encode(self.context)
 
 
 def export_clip(model, folder: str | Path, features: torch.Tensor, class_names, visual=None) -> None:
@@ -641,16 +652,28 @@ def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
+def image_encoder(visual, device, precision: str = "fp32") -> Callable:
+    """images (B, 3, h, w) -> unit-norm features (B, D) in float32."""
+    def encode(images):
+        with autocast(torch.device(device), precision):
+            embedding = visual(images)
+        return F.normalize(embedding.float(), dim=-1)
+    return encode
+
+
 def clip_classifier(visual, features: torch.Tensor, precision: str = "fp32") -> Callable:
     """images (B, 3, h, w) -> cosine similarities to the class features, (B, C)."""
-    def classify(images):
-        with autocast(features.device, precision):
-            embedding = visual(images)
-        return F.normalize(embedding.float(), dim=-1) @ features.T
-    return classify
+    encode = image_encoder(visual, features.device, precision)
+    return lambda images: encode(images) @ features.T
 
 
 @torch.no_grad()
+def outputs(function: Callable, images: ImageSet, device="cpu", batch_size: int = 256, workers: int = 0) -> torch.Tensor:
+    """What `function`, images (B, 3, h, w) -> (B, ...), says of all images, on the CPU: (N, ...)."""
+    loader = DataLoader(images, batch_size, collate_fn=as_is, num_workers=workers)
+    return torch.cat([function(x.to(device)).cpu() for x, _ in loader])
+
+
 def evaluate(classify: Callable, sets: dict[str, ImageSet], device="cpu", batch_size: int = 256, workers: int = 0) -> dict:
     """Accuracy of `classify` (images (B, 3, h, w) -> scores (B, C)) on the images of all `sets` (keyed by domain).
 
@@ -658,8 +681,7 @@ def evaluate(classify: Callable, sets: dict[str, ImageSet], device="cpu", batch_
     """
     correct, labels, groups, per_domain = [], [], [], {}
     for name, images in sets.items():
-        loader = DataLoader(images, batch_size, collate_fn=as_is, num_workers=workers)
-        hits = torch.cat([classify(x.to(device)).argmax(1).cpu() == y for x, y in loader]).double()
+        hits = (outputs(classify, images, device, batch_size, workers).argmax(1) == images.labels).double()
         per_domain[name] = hits.mean().item()
         correct.append(hits)
         labels.append(images.labels)
@@ -705,7 +727,7 @@ def common_flags(description: str) -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="tiny, an open_clip name, hf-hub:... or local-dir:... (default: tiny for tiny data, else ViT-B-16)")
     model.add_argument("--pretrained", help="open_clip tag or checkpoint file (default: openai; for OpenAI's weights in a file: --model NAME-quickgelu)")
-    model.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, averaged (default: 'a photo of a {}.')")
+    model.add_argument("--templates", nargs="+", default=["a photo of a {}."], help="prompts, averaged; `ensemble` for open_clip's ImageNet templates (default: 'a photo of a {}.')")
     return run_flags(parser, "<dataset>-<target>-seed<seed>")
 
 

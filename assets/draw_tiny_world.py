@@ -20,8 +20,8 @@ figure, axes = plt.subplots(8, len(names), figsize=(len(names) * 1.0, 8 * 1.06))
 for row, domain in enumerate(("photo", "art_painting", "cartoon", "sketch")):
     rng = common.tiny_rng(1000, "contact sheet", domain)
     for again, pose in enumerate((tiny_world.PRETRAINING_POSE, tiny_world.TASK_POSE)):
-        grounds = [list(common.BACKGROUNDS)[(i + 3 * again) % 8] for i in range(len(names))]
-        images = tiny_world.draw(names, domain, grounds, rng.choice(list(common.COLORS), len(names)), rng, pose)
+        grounds = [list(tiny_world.BACKGROUNDS)[(i + 3 * again) % 8] for i in range(len(names))]
+        images = tiny_world.draw(names, domain, grounds, rng.choice(list(tiny_world.COLORS), len(names)), rng, pose)
         for column, pixels in enumerate(images):
             cell = axes[2 * row + again, column]
             cell.imshow(pixels.permute(1, 2, 0), interpolation="nearest")

@@ -30,7 +30,7 @@ CONTEXT = 20  # room for 16 learnt context vectors, a class name and the end tok
 MODEL_CONFIG = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": common.SIDE, "patch_size": 4, "width": 96, "layers": 6, "head_width": 16},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": len(common.TINY_VOCABULARY) + 2, "width": 64, "heads": 4, "layers": 3},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": len(tiny_world.TINY_VOCABULARY) + 2, "width": 64, "heads": 4, "layers": 3},
 }
 PREPROCESS_CONFIG = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 DOMAIN_SHARE = {"photo": 0.72, "cartoon": 0.17, "art_painting": 0.08, "sketch": 0.03}
@@ -44,7 +44,7 @@ def draw_corpus(count: int, seed: int, share: dict[str, float]):
     domains, images, attributes = rng.choice(list(share), count, p=list(share.values())), [], []
     for domain in share:
         n = int((domains == domain).sum())
-        things, colors, grounds = (rng.choice(words, n) for words in (THINGS, list(common.COLORS), list(common.BACKGROUNDS)))
+        things, colors, grounds = (rng.choice(words, n) for words in (THINGS, list(tiny_world.COLORS), list(tiny_world.BACKGROUNDS)))
         images.append(tiny_world.draw(things, domain, grounds, colors, rng, tiny_world.PRETRAINING_POSE))
         attributes += zip([domain] * n, colors, things, grounds)
     return torch.cat(images), attributes
@@ -78,7 +78,7 @@ def zero_shot_table(model, tokenizer, preprocess, per_domain: int, seed: int, de
     rng, sets, classes = common.tiny_rng(seed, "zero-shot check"), {}, common.OFFICE_CLASSES
     for domain in common.TINY_DOMAINS:
         labels = np.arange(per_domain) % len(classes)
-        colors, grounds = (rng.choice(list(words), per_domain) for words in (common.COLORS, common.BACKGROUNDS))
+        colors, grounds = (rng.choice(list(words), per_domain) for words in (tiny_world.COLORS, tiny_world.BACKGROUNDS))
         images = tiny_world.draw([classes[i] for i in labels], domain, grounds, colors, rng, pose)
         sets[domain] = common.ImageSet(images, torch.from_numpy(labels), classes, transform=preprocess)
     classify = common.clip_classifier(model.visual, common.class_features(model, tokenizer, classes, device=device))
@@ -104,7 +104,7 @@ def main():
     print(f"drew {len(images)} images in {time.time() - start:.0f} s", flush=True)
 
     model = open_clip.CLIP(**MODEL_CONFIG).to(device)
-    tokenizer = common.WordTokenizer(common.TINY_VOCABULARY, CONTEXT)
+    tokenizer = common.WordTokenizer(tiny_world.TINY_VOCABULARY, CONTEXT)
     open_clip.set_model_preprocess_cfg(model, {**PREPROCESS_CONFIG, "size": common.SIDE})
     preprocess = common.image_transform(model)  # for evaluation, as everybody calls it
     # the same for training, but for the last bit, on which the shipped weights depend
@@ -139,7 +139,7 @@ def main():
     final = {name: zero_shot_table(model, tokenizer, preprocess, 3200, args.seed + 1, device, pose)
              for name, pose in (("pretraining pose", tiny_world.PRETRAINING_POSE), ("task pose", tiny_world.TASK_POSE))}  # fmt: skip
     print("zero-shot over 16 classes:", json.dumps(final))
-    metadata = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG, "vocabulary": common.TINY_VOCABULARY,
+    metadata = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG, "vocabulary": tiny_world.TINY_VOCABULARY,
                 "training": {**vars(args), "output": None, "domain_share": DOMAIN_SHARE, "seconds": round(time.time() - start)},
                 "curve": curve, "zero_shot": final}  # fmt: skip
     partial = args.output.with_suffix(".partial")

@@ -17,6 +17,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names it, its value and what to do. Commands end with exit code 2."""
+
+
 SIDE = 32  # pixels
 OVERSAMPLING = 3  # polygons are drawn on a canvas of 96 pixels and averaged down
 TINY_DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
@@ -277,8 +282,52 @@ def tiny_rng(seed, *key):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The words of the tiny CLIP
+# ---------------------------------------------------------------------------------------------------
+
+TINY_VOCABULARY = tuple(sorted({*OFFICE_CLASSES, *WATERBIRD_CLASSES, *COLORS, *BACKGROUNDS, "a", "an", "of", "on", "in", "the",
+                                "photo", "painting", "art", "cartoon", "sketch", "drawing", "picture", "image", "background"}))  # fmt: skip
+
+
+class WordTokenizer:
+    """One token a word, for the tiny CLIP. Called with a text or a list of texts it returns (n, context_length) int64.
+
+    Token 0 is padding; the end token has the highest number, where open_clip's text tower reads the feature.
+    """
+
+    def __init__(self, vocabulary, context_length):
+        self.tokens = {word: i + 1 for i, word in enumerate(vocabulary)}
+        self.end = len(vocabulary) + 1
+        self.context_length = context_length
+
+    @staticmethod
+    def words(text):
+        return text.lower().replace(".", " ").replace(",", " ").split()
+
+    def __call__(self, texts):
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        for row, text in zip(tokens, texts):
+            words = self.words(text)
+            unknown = [word for word in words if word not in self.tokens]
+            if unknown:
+                raise InputError(f"the tiny CLIP does not know the word {unknown[0]!r} (in {text!r}); "
+                                 f"it knows: {', '.join(self.tokens)}")  # fmt: skip
+            if len(words) >= self.context_length:
+                raise InputError(f"{text!r} has {len(words)} words, the tiny CLIP reads at most {self.context_length - 1}")
+            ids = [self.tokens[word] for word in words] + [self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+# ---------------------------------------------------------------------------------------------------
 # The tiny sets: every part is (pixels (N, 3, h, w) uint8, labels (N,), groups (N,)), from a random stream of its own
 # ---------------------------------------------------------------------------------------------------
+
+
+def check_cue(cue):
+    if not 0 <= cue <= 1:
+        raise InputError(f"--cue is a probability between 0 and 1, got {cue}")
 
 
 def draw_domain(name, classes, domain, seed, cue, sizes):
@@ -286,6 +335,7 @@ def draw_domain(name, classes, domain, seed, cue, sizes):
 
     sizes: images per class in either part. Group 1 is where the background is the class's own.
     """
+    check_cue(cue)
     own = np.arange(len(classes)) % len(BACKGROUNDS)  # the background that goes with each class
     for part, size in zip(("training", "balanced"), sizes):
         rng = tiny_rng(seed, name, domain, part)
@@ -303,6 +353,7 @@ def draw_domain(name, classes, domain, seed, cue, sizes):
 def draw_waterbirds(seed, cue, sizes=(2000, 400, 800)):
     """Land- and waterbirds (photos) on land and water: train (place goes with the bird with probability `cue`), val and test
     (all four groups alike). Groups: 2 * bird + place."""
+    check_cue(cue)
     parts = {}
     for part, size in zip(("train", "val", "test"), sizes):
         rng = tiny_rng(seed, "tiny-waterbirds", part)

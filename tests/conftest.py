@@ -57,7 +57,7 @@ def pacs_tree(tmp_path):
     rng = common.tiny_rng(0, "pacs tree")
     for domain in common.BENCHMARKS["pacs"].domains:
         names = [name for name in common.PACS_CLASSES for _ in range(3)]
-        colors, grounds = rng.choice(list(common.COLORS), len(names)), rng.choice(list(common.BACKGROUNDS), len(names))
+        colors, grounds = (rng.choice(list(kinds), len(names)) for kinds in (tiny_world.COLORS, tiny_world.BACKGROUNDS))
         for i, (name, pixels) in enumerate(zip(names, tiny_world.draw(names, domain, grounds, colors, rng))):
             folder = tmp_path / "data" / "PACS" / domain / name
             folder.mkdir(parents=True, exist_ok=True)

@@ -145,8 +145,8 @@ def test_damaged_folder_is_one_clear_error(checkout, pacs_tree, how, workers, wo
         ("--templates zebra{}", ("zebra",)),
         ("--device cuda", ("--device cuda", "no GPU")),
         ("--device gpu", ("--device", "gpu")),
-    ("--seed -3", ("--seeds must be 0 or more", "-3")),
-    ("--summary nowhere/all.json", ("--summary", "nowhere")),
+        ("--seed -3", ("--seeds must be 0 or more", "-3")),
+        ("--summary nowhere/all.json", ("--summary", "nowhere")),
     ],
 )
 def test_wrong_flag_is_one_clear_error(checkout, arguments, words):

@@ -1,5 +1,6 @@
 """common.py against independent derivations: slow loops, worked-out cases, open_clip's own code."""
 
+import copy
 import json
 import math
 
@@ -250,3 +251,64 @@ def test_tables():
         "50.0 ± 0.0",
         "35.0 ± 7.1",
     ]
+
+
+@pytest.fixture(scope="module", params=["tiny", "BPE, start token"])
+def clip(request):
+    if request.param == "tiny":
+        model, _, tokenizer = common.load_clip("tiny")
+        return model, tokenizer
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    model = open_clip.CLIP(32, {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}, text)
+    return model.eval().requires_grad_(False), open_clip.get_tokenizer("ViT-B-32")
+
+
+def test_coop_starts_at_the_zero_shot_prompt(clip):
+    model, tokenizer = clip
+    names = ("dog", "guitar", "house")
+    coop = common.CoOp(model, tokenizer, names, "a photo of a")
+    assert [p.shape for p in coop.parameters()] == [(4, model.token_embedding.embedding_dim)]
+    assert torch.allclose(coop(), common.class_features(model, tokenizer, names), atol=1e-6)
+
+
+def test_learned_vectors_are_words_to_the_text_tower(clip):
+    """The embeddings of other words, put in, give the features of the prompt that has those words."""
+    model, tokenizer = clip
+    start = common.first_word(tokenizer)
+    with torch.no_grad():
+        said = tokenizer(["a red photo of a dog.", "the blue art of a dog."])
+        words = model.token_embedding(said)[:, start : start + 3]
+        mute = tokenizer(["a a a of a dog."] * 2)
+        found = common.encode_prompts(model, mute, start, words)
+        assert torch.allclose(found, model.encode_text(said, normalize=True), atol=1e-6)
+        assert not torch.allclose(found, model.encode_text(mute, normalize=True), atol=1e-2)
+
+
+def test_gradient_of_coop_by_finite_differences(clip):
+    model, tokenizer = (copy.deepcopy(part) for part in clip)
+    torch.manual_seed(3)
+    coop = common.CoOp(model.double(), tokenizer, ("dog", "house"), context=2)
+    coop.double()
+    direction = torch.randn(2, coop().shape[1], dtype=torch.float64)
+    loss = lambda: (coop() * direction).sum()  # noqa: E731
+    (gradient,) = torch.autograd.grad(loss(), coop.parameters())
+    step = torch.randn_like(gradient)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            coop.context += sign * 1e-5 * step
+            values.append(loss().item())
+            coop.context -= sign * 1e-5 * step
+    assert (values[0] - values[1]) / 2e-5 == pytest.approx((gradient * step).sum().item(), rel=1e-5)
+
+
+def test_template_ensemble_is_the_mean_over_known_templates(clip):
+    model, tokenizer = clip
+    every = [template("dog") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    if isinstance(tokenizer, common.WordTokenizer):
+        every = [text for text in every if set(text.replace(".", "").split()) <= set(tokenizer.tokens)]
+        assert 5 < len(every) < 40 and "a photo of a dog." in every
+    mean = model.encode_text(tokenizer(every), normalize=True).mean(0)
+    found = common.class_features(model, tokenizer, ["dog"], ["ensemble"])[0]
+    assert torch.allclose(found, mean / mean.norm(), atol=1e-6)

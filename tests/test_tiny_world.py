@@ -47,7 +47,7 @@ def test_balanced_part_has_every_background_equally_often(name):
     part = common.tiny_domain(name, "photo", 7, 0.9).balanced
     assert part.labels.bincount().unique().numel() == 1
     for label in part.labels.unique():  # one of eight backgrounds is the class's own
-        assert part.groups[part.labels == label].double().mean().item() == 1 / len(common.BACKGROUNDS)
+        assert part.groups[part.labels == label].double().mean().item() == 1 / len(tiny_world.BACKGROUNDS)
 
 
 def test_waterbirds_groups():
@@ -81,8 +81,8 @@ def test_cue_outside_a_probability_is_refused():
 
 
 def test_every_word_of_the_world_is_in_the_vocabulary():
-    tokenizer = common.WordTokenizer(common.TINY_VOCABULARY, 20)
-    for word in (*common.OFFICE_CLASSES, *common.WATERBIRD_CLASSES, *common.COLORS, *common.BACKGROUNDS):
+    tokenizer = common.WordTokenizer(tiny_world.TINY_VOCABULARY, 20)
+    for word in (*common.OFFICE_CLASSES, *common.WATERBIRD_CLASSES, *tiny_world.COLORS, *tiny_world.BACKGROUNDS):
         assert tokenizer(f"A photo of a {word}.").shape == (1, 20)
     with pytest.raises(common.InputError, match="does not know the word 'zebra'"):
         tokenizer("a photo of a zebra")
@@ -97,7 +97,7 @@ def test_tiny_clip_recognises_fresh_images_and_has_a_domain_gap():
     rng, accuracy = common.tiny_rng(77, "test"), {}
     for domain in common.TINY_DOMAINS:
         labels = np.arange(800) % 16
-        colors, grounds = rng.choice(list(common.COLORS), 800), rng.choice(list(common.BACKGROUNDS), 800)
+        colors, grounds = rng.choice(list(tiny_world.COLORS), 800), rng.choice(list(tiny_world.BACKGROUNDS), 800)
         pixels = tiny_world.draw(
             [common.OFFICE_CLASSES[i] for i in labels], domain, grounds, colors, rng, tiny_world.PRETRAINING_POSE
         )
@@ -114,7 +114,7 @@ def test_tiny_clip_says_how_it_was_made():
         metadata = {key: json.loads(value) for key, value in file.metadata().items()}
     assert metadata["training"]["device"] == "cpu" and metadata["training"]["seed"] >= 20_000
     assert len(metadata["curve"]) == metadata["training"]["epochs"]
-    assert tuple(metadata["vocabulary"]) == common.TINY_VOCABULARY
+    assert tuple(metadata["vocabulary"]) == tiny_world.TINY_VOCABULARY
     assert set(metadata["zero_shot"]["pretraining pose"]) == set(common.TINY_DOMAINS)
 
 
