@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,6 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 # (task, data sets): batch size (images per source domain in a step), learning rate, epochs, lambda, beta, source
 DEFAULTS = {
@@ -155,10 +152,7 @@ def trainings(modes: dict[str, Mode]) -> list[dict[str, Mode]]:
     return [{name: modes[name] for name in reversed(names)} for names in reversed(groups.values())]
 
 
-# ---------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- The method -----------------------------------------------------------------------------
 
 def class_distances(class_features: torch.Tensor) -> torch.Tensor:
     """D(T_a, T_b) = 1 - S(T_a, T_b), Eq. 4, of unit-norm class_features (C, D).
@@ -260,9 +254,19 @@ class BetaMovingAverage(nn.Module):
             mean.copy_(buffer)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Three tasks
-# ---------------------------------------------------------------------------------------------------
+# ---------- Three tasks ----------------------------------------------------------------------------
+
+def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
+    """The first half of n classes and the rest; a middle one is base (open class) or new (in the wild)."""
+    if n < 2:
+        raise common.InputError(f"base and new classes need at least 2 classes, and the data set has {n}")
+    base = (n + odd_to_base) // 2
+    return range(base), range(base, n)
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """H of the accuracies on base and new classes; 0 if both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 @dataclass
@@ -298,7 +302,7 @@ def domain_shift(args, domains, target: str) -> Task:
 
 def open_class(args, parts: dict, name: str, seed: int) -> Task:
     """Train on a few shots of the base classes; test base and new classes apart, each over their own names."""
-    base, new = common.base_and_new(len(parts["train"].classes))
+    base, new = base_and_new(len(parts["train"].classes))
     train = common.few_shot(parts["train"].of_classes(base), args.shots, seed)
     tests = {"validation": common.few_shot(parts["val"].of_classes(base), min(args.shots, 4), seed, none_ok=True)}
     tests |= {"base": parts["test"].of_classes(base), "new": parts["test"].of_classes(new)}
@@ -309,7 +313,7 @@ def in_the_wild(args, domains, target: str) -> Task:
     """Train on the base classes of all domains but one; test on that one, over the names of all classes."""
     classes = domains[0].images.classes
     train, holdout, source, total = {}, {}, {}, {}
-    for part, chosen in zip(("base", "new"), common.base_and_new(len(classes), odd_to_base=False)):
+    for part, chosen in zip(("base", "new"), base_and_new(len(classes), odd_to_base=False)):
         of_part = lambda images: images.subset(np.flatnonzero(np.isin(images.labels, chosen)))  # noqa: E731
         for index, domain in enumerate(domains):
             images, balanced = of_part(domain.images), domain.balanced and of_part(domain.balanced)
@@ -345,10 +349,7 @@ def make_task(args, data, target: str, seed: int, preprocess, augment) -> Task:
     return Task(task.classes, at(task.train, augment), tests)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training and testing
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- Training and testing -------------------------------------------------------------------
 
 def train(clip, task: Task, modes: dict[str, Mode], text, args, seed: int, state: dict | None = None):
     """Fine-tune a copy of CLIP's image tower with the one loss of `modes`; all their averages run along.
@@ -449,34 +450,12 @@ def test(model, mode: Mode, task: Task, features, args) -> dict:
             result = common.evaluate(classify, sets, args.device, 64, args.workers)
             results |= {**(result["per_domain"] if name == "total" else {}), name: result["accuracy"]}
     if "base" in results and "new" in results:
-        results["H"] = common.harmonic_mean(results["base"], results["new"])
+        results["H"] = harmonic_mean(results["base"], results["new"])
     shifts = [results[name] for name in common.IMAGENET_SHIFTS if name in results]
     return {**results, "average OOD": sum(shifts) / len(shifts)} if shifts else results
 
 
-# ---------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------
-
-
-def save_figure(figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_lines(panels: dict[str, dict], x_label: str, y_label: str, path: Path, **scales) -> None:
-    """A panel for each title of {title: {label: (x, y)}} with y (n,), or (n, seeds) for mean and deviation."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for panel, (title, curves) in zip(axes[0], panels.items()):
-        for label, (x, y) in curves.items():
-            y = np.asarray(y).reshape(len(x), -1)
-            error = y.std(1, ddof=1) if y.shape[1] > 1 else None
-            panel.errorbar(x, y.mean(1), error, marker="." if len(x) < 50 else "", capsize=3, label=label)
-        panel.set(title=title, xlabel=x_label, ylabel=y_label, **scales)
-    labels = axes[0, -1].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=len(labels[0]), fontsize="small")
-    save_figure(figure, path)
-
+# ---------- Figures --------------------------------------------------------------------------------
 
 def plot_averages(steps: int, ema: float, beta: float, path: Path) -> None:
     """Figure 4: what every theta_t weighs in the final average, and how the share of theta_0 develops."""
@@ -486,7 +465,7 @@ def plot_averages(steps: int, ema: float, beta: float, path: Path) -> None:
         start[label] = t, torch.cat([one, kept.cumprod(0)])
         final[label] = t, torch.cat([one, 1 - kept]) * torch.cat([kept.flip(0).cumprod(0).flip(0), one])
     panels = {rf"$\theta_t$ after {steps} steps": final, r"$\theta_0$ after t steps": start}
-    plot_lines(panels, "t", "weight in the average", path, yscale="log")
+    common.plot_lines(panels, "t", "weight in the average", path, yscale="log")
 
 
 def plot_trajectory(history: list[dict], measures: list[str], path: Path) -> None:
@@ -496,7 +475,7 @@ def plot_trajectory(history: list[dict], measures: list[str], path: Path) -> Non
         for mode in dict.fromkeys(row["mode"] for row in history if measure in row):
             rows = [row for row in history if row["mode"] == mode]
             curves[mode] = [row["step"] for row in rows], [100 * row[measure] for row in rows]
-    plot_lines(panels, "step", "accuracy, %", path)
+    common.plot_lines(panels, "step", "accuracy, %", path)
 
 
 def plot_sweep(args, runs: list[dict], path: Path) -> None:
@@ -511,7 +490,7 @@ def plot_sweep(args, runs: list[dict], path: Path) -> None:
     panels = {measure: {label: (sorted(curve), y(curve, measure)) for label, curve in curves.items()}
               for measure in runs[0]["modes"]["zero-shot"]}  # fmt: skip
     x_label = r"$\lambda$" if margin else r"$\beta$"
-    plot_lines(panels, x_label, "accuracy, %", path, xscale="linear" if margin else "log")
+    common.plot_lines(panels, x_label, "accuracy, %", path, xscale="linear" if margin else "log")
 
 
 def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> None:
@@ -526,7 +505,7 @@ def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> Non
     axes.set_yticks(range(len(names)), names)
     axes.set_title(r"$D(T_y, T_c)$: the margin is $\lambda$ times this")
     figure.colorbar(image, shrink=0.7)
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def plot_images(images: common.ImageSet, scores: dict[str, torch.Tensor], scale: float, path: Path) -> None:
@@ -550,13 +529,10 @@ def plot_images(images: common.ImageSet, scores: dict[str, torch.Tensor], scale:
         bars.set(xlim=(0, 1), title=f"{gain[i]:+.2f}")
     axes[0, 1].legend(fontsize="x-small", loc="lower right")
     figure.suptitle("class probabilities; above them: what the margin adds to the true class")
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- Runs -----------------------------------------------------------------------------------
 
 def run(args, target: str, seed: int, task: Task, model, features) -> dict:
     """Train and test every mode for one target and seed, and write a folder. Returns {mode: {measure: accuracy}}."""

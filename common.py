@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import open_clip
 import torch
@@ -41,6 +42,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 from assets.tiny_world import (
     OFFICE_CLASSES,
@@ -59,10 +63,7 @@ from assets.tiny_world import (
     tiny_rng,
 )
 
-# ---------------------------------------------------------------------------------------------------
-# 1. Data
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- 1. Data --------------------------------------------------------------------------------
 
 @dataclass
 class ImageSet(Dataset):
@@ -308,14 +309,6 @@ def few_shot(images: ImageSet, shots: int, seed: int, none_ok: bool = False) -> 
     return images.subset(np.concatenate(chosen))
 
 
-def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
-    """The first half of n classes and the rest; with an odd number the middle one is base (open class) or new (in the wild)."""
-    if n < 2:
-        raise InputError(f"base and new classes need at least 2 classes, and the data set has {n}")
-    base = (n + odd_to_base) // 2
-    return range(base), range(base, n)
-
-
 def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
     """Draw one domain of a tiny benchmark: its cued training part and its balanced part."""
     classes, *sizes = TINY_BENCHMARKS[name]
@@ -461,9 +454,7 @@ def source_batches(sets: dict[str, ImageSet], per_domain: int, seed: int, worker
         yield torch.cat(images), torch.cat(labels), domain
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2. CLIP
-# ---------------------------------------------------------------------------------------------------
+# ---------- 2. CLIP --------------------------------------------------------------------------------
 
 TINY_CLIP = Path(__file__).with_name("assets") / "tiny_clip.safetensors"  # made by assets/pretrain_tiny_clip.py
 def image_transform(model, train: bool = False):
@@ -561,11 +552,15 @@ def encode_prompts(model, tokens: torch.Tensor, start: int, vectors: torch.Tenso
     def replace_words(module, arguments, embedded):  # (n, L, W)
         own = vectors.to(embedded.dtype).expand(len(embedded), -1, -1)
         return torch.cat([embedded[:, :start], own, embedded[:, start + own.shape[1] :]], 1)
-    handle = getattr(model, "text", model).token_embedding.register_forward_hook(replace_words)
+    handle = text_tower(model).token_embedding.register_forward_hook(replace_words)
     try:
         return model.encode_text(tokens, normalize=True)
     finally:
         handle.remove()
+
+
+def text_tower(model):
+    return getattr(model, "text", model)
 
 
 def first_word(tokenizer) -> int:
@@ -584,7 +579,7 @@ class CoOp(nn.Module):
     def __init__(self, model, tokenizer, class_names, context: str | int = "a photo of a", device="cpu"):
         super().__init__()
         self.start = first_word(tokenizer)
-        embedding = getattr(model, "text", model).token_embedding
+        embedding = text_tower(model).token_embedding
         if isinstance(context, str):
             words = tokenizer(context)[0]
             vectors = embedding(words[self.start : int(words.argmax())].to(device))  # up to the end token, the highest number
@@ -597,6 +592,19 @@ class CoOp(nn.Module):
     def forward(self) -> torch.Tensor:
         """Class features, unit-norm (C, D)."""
         return self.encode(self.context)
+
+    def fit(self, x, y, logit_scale: float, batch_size: int = 36, steps: int = 200, lr: float = 2e-3) -> torch.Tensor:
+        """Learn the context from image features x (N, D), unit-norm, and labels y (N,) by cross-entropy. Returns class features.
+
+        Batches are drawn by torch's generator. Adam, steps and learning rate are our choice (published: SGD, 0.002).
+        """
+        optimizer = torch.optim.Adam(self.parameters(), lr)
+        for _ in range(steps):
+            some = torch.randint(len(x), (batch_size,))
+            optimizer.zero_grad()
+            F.cross_entropy(logit_scale * x[some].to(self.context.device) @ self().T, y[some].to(self.context.device)).backward()
+            optimizer.step()
+        return self().detach()
 
 
 def export_clip(model, folder: str | Path, features: torch.Tensor, class_names, visual=None) -> None:
@@ -614,10 +622,7 @@ def export_clip(model, folder: str | Path, features: torch.Tensor, class_names, 
     np.save(folder / "class_features.npy", features.cpu().numpy())
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. MMD
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- 3. MMD ---------------------------------------------------------------------------------
 
 def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
     """Squared maximum mean discrepancy between samples x (n, D) and y (m, D), the biased estimator.
@@ -647,10 +652,7 @@ def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
     return (kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()).clamp(min=0)
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Evaluation
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- 4. Evaluation --------------------------------------------------------------------------
 
 def image_encoder(visual, device, precision: str = "fp32") -> Callable:
     """images (B, 3, h, w) -> unit-norm features (B, D) in float32."""
@@ -705,15 +707,7 @@ def checkpoint_accuracies(history: list[dict]) -> dict[str, float]:
     return {"last": history[-1]["target"], "source_validated": validated["target"], "oracle": max(row["target"] for row in history)}
 
 
-def harmonic_mean(base: float, new: float) -> float:
-    """H = 2 base new / (base + new), of the accuracies on base and new classes; 0 if both are 0."""
-    return 2 * base * new / (base + new) if base + new else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------
-# 5. Runs
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- 5. Runs --------------------------------------------------------------------------------
 
 def common_flags(description: str) -> argparse.ArgumentParser:
     """The flags that all methods on CLIP have. Every method adds its own group."""
@@ -899,6 +893,29 @@ def measures_table(title: str, runs: list[dict]) -> str:
     measures = list(max(runs[0]["modes"].values(), key=len))
     rows = {mode: [seed_means(runs, mode, measure) for measure in measures] for mode in runs[0]["modes"]}
     return format_table(title, measures, {mode: [percent(v) if v else "-" for v in row] for mode, row in rows.items()})
+
+
+def save_figure(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_lines(panels: dict[str, dict], x_label: str, y_label: str, path: Path, **scales) -> None:
+    """A panel for each title of {title: {label: (x, y)}} with y (n,), or (n, seeds) for mean and deviation; x may be names."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for panel, (title, curves) in zip(axes[0], panels.items()):
+        for label, (x, y) in curves.items():
+            y = np.asarray(y).reshape(len(x), -1)
+            error = y.std(1, ddof=1) if y.shape[1] > 1 else None
+            line = {"linestyle": "", "marker": "o"} if isinstance(x[0], str) else {"marker": "." if len(x) < 50 else ""}
+            panel.errorbar(x, y.mean(1), error, capsize=3, label=label, **line)
+        panel.set(title=title, xlabel=x_label, ylabel=y_label, **scales)
+        if isinstance(x[0], str):
+            panel.tick_params("x", rotation=90)
+    labels = axes[0, -1].get_legend_handles_labels()
+    if any(labels[1]):
+        figure.legend(*labels, loc="outside lower center", ncols=min(len(labels[1]), 3 * len(panels) - 1), fontsize="small")
+    save_figure(figure, path)
 
 
 def slug(text: str) -> str:

@@ -23,7 +23,7 @@ import operator
 import time
 from dataclasses import replace
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import open_clip
 import torch
@@ -34,9 +34,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 # What depends on the data set: `mnist-cifar` as published, the others our choice.
 VARYING = ("model", "depth", "dim_head", "batch_size", "epochs", "lr", "div_lr", "lambda", "normalize")
@@ -100,10 +97,7 @@ def settings() -> argparse.Namespace:
     return common.settle(args)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The network: a vision transformer whose last layer can be asked what each head saw and said
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- The network: a vision transformer whose last layer can be asked what each head saw and said 
 
 class PatchEmbedding(nn.Module):
     """Images (B, C, h, w) -> tokens (B, 1 + patches, dim): a class token and the patches, with learned positions."""
@@ -257,10 +251,7 @@ def headwise(vit: nn.Module, num_classes: int) -> DiverseViT:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------
-# Diversity: orthogonal input gradients
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- Diversity: orthogonal input gradients --------------------------------------------------
 
 def input_gradients(logits: torch.Tensor, per_head_inputs: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
     """G_i = d p* / d x through head i alone, for all heads in one call, p* being the top class score of an image.
@@ -305,10 +296,7 @@ def head_cosine(model: DiverseViT, images: torch.Tensor) -> float:
     return gradient_products(F.normalize(gradients, dim=-1)).abs().sum((-1, -2)).mean().item() / max(1, H * (H - 1))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Selection: all subsets of heads
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- Selection: all subsets of heads --------------------------------------------------------
 
 def head_subsets(heads: int) -> torch.Tensor:
     """All 2^H - 1 non-empty subsets as masks (S, H) of 0 and 1; the larger ones first, so the first is all heads.
@@ -354,10 +342,7 @@ def select_heads(model, heads, labels, groups=None) -> tuple[torch.Tensor, torch
     return masks[scores.argmax()], scores  # the first of equals
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training and evaluation
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- Training and evaluation ----------------------------------------------------------------
 
 def build(args):
     """The network before training, and the transforms of training images and of all others (None: pixels / 255)."""
@@ -496,10 +481,7 @@ def published_rule(history: list[dict]) -> dict[str, float]:
     return row
 
 
-# ---------------------------------------------------------------------------------------------------
-# Runs, tables, figures
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- Runs, tables, figures ------------------------------------------------------------------
 
 def run(args, seed: int) -> dict:
     """Train and evaluate all methods with one seed, write the run's folder. Returns {"seed", "methods": {name: {}}}."""

@@ -281,9 +281,7 @@ def tiny_rng(seed, *key):
     return np.random.default_rng([seed, zlib.crc32("/".join(map(str, key)).encode())])
 
 
-# ---------------------------------------------------------------------------------------------------
-# The words of the tiny CLIP
-# ---------------------------------------------------------------------------------------------------
+# ---------- The words of the tiny CLIP -------------------------------------------------------------
 
 TINY_VOCABULARY = tuple(sorted({*OFFICE_CLASSES, *WATERBIRD_CLASSES, *COLORS, *BACKGROUNDS, "a", "an", "of", "on", "in", "the",
                                 "photo", "painting", "art", "cartoon", "sketch", "drawing", "picture", "image", "background"}))  # fmt: skip
@@ -320,10 +318,7 @@ class WordTokenizer:
         return tokens
 
 
-# ---------------------------------------------------------------------------------------------------
-# The tiny sets: every part is (pixels (N, 3, h, w) uint8, labels (N,), groups (N,)), from a random stream of its own
-# ---------------------------------------------------------------------------------------------------
-
+# ---------- The tiny sets: every part is (pixels (N, 3, h, w) uint8, labels (N,), groups (N,)), from a random stream of its own 
 
 def check_cue(cue):
     if not 0 <= cue <= 1:

@@ -256,19 +256,24 @@ def test_modes_of_one_loss_share_a_training_and_the_last_comes_last():
 
 @pytest.mark.parametrize("n, base, wild", [(2, 1, 1), (7, 4, 3), (8, 4, 4), (65, 33, 32)])
 def test_base_and_new_classes(n, base, wild):
-    assert common.base_and_new(n) == (range(base), range(base, n))
-    assert common.base_and_new(n, odd_to_base=False) == (range(wild), range(wild, n))
+    assert clipood.base_and_new(n) == (range(base), range(base, n))
+    assert clipood.base_and_new(n, odd_to_base=False) == (range(wild), range(wild, n))
 
 
 def test_one_class_has_no_new_half():
     with pytest.raises(common.InputError, match="at least 2 classes"):
-        common.base_and_new(1)
+        clipood.base_and_new(1)
 
 
 def toy_images(counts):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
     return common.ImageSet(pixels, labels, tuple("abcdefgh"[: len(counts)]))
+
+
+def test_harmonic_mean():
+    assert clipood.harmonic_mean(0.6, 0.3) == pytest.approx(2 / (1 / 0.6 + 1 / 0.3))
+    assert clipood.harmonic_mean(0, 0) == 0
 
 
 def test_few_shots(capsys):

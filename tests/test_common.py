@@ -87,11 +87,6 @@ def test_evaluate_by_hand():
     assert result["worst_group"] == 0.5  # group 0: two of two, group 1: two of four
 
 
-def test_harmonic_mean():
-    assert common.harmonic_mean(0.6, 0.3) == pytest.approx(2 / (1 / 0.6 + 1 / 0.3))
-    assert common.harmonic_mean(0, 0) == 0
-
-
 def test_checkpoints_are_chosen_without_the_target():
     history = [
         {"source_holdout": 0.8, "target": 0.3},

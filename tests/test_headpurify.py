@@ -150,10 +150,10 @@ def purified_batch():
     labels, domain = torch.arange(9) % 4, torch.arange(3).repeat_interleave(3)
 
     def losses(where="output"):
-        with headpurify.recorded_features(visual, where) as record:
+        with headpurify.recorded(visual, where) as record:
             embedding = visual(images)
         logits = 10 * F.normalize(embedding, dim=-1) @ features.T
-        compared = [F.normalize(f, dim=-1) for f in (record or [embedding])]
+        compared = [F.normalize(f, dim=-1) for f in ([tokens[:, 0] for tokens in record] or [embedding])]
         mmd = torch.stack(
             [
                 common.mmd2(f[domain == a], f[domain == b], [0.3, 1.0])
@@ -167,28 +167,31 @@ def purified_batch():
 
 
 @pytest.mark.parametrize("where", ["output", "layers", "heads"])
-def test_gradient_routing(purified_batch, where):
+@pytest.mark.parametrize("mmd_grad", ["none", "lora", "gates", "both"])
+def test_gradient_routing(purified_batch, where, mmd_grad):
+    """What L_MMD reaches has the gradient of L_cls + alpha L_MMD, the rest that of L_cls: central differences."""
     lora, gates, losses = purified_batch
-    headpurify.route_gradients(*losses(where), lora, gates, alpha=0.7)
-    with_mmd = [p.grad.clone() for p in lora]
-    gate_gradients = [p.grad.clone() for p in gates]
-    headpurify.route_gradients(losses(where)[0], None, lora, gates, alpha=0.7)
-    assert all(torch.equal(p.grad, g) for p, g in zip(lora, with_mmd))  # L_MMD never reaches the low-rank factors
-    assert any(
-        not torch.allclose(p.grad, g, rtol=1e-3) for p, g in zip(gates, gate_gradients)
-    )  # it does reach the gates
+    reached = {"none": [], "lora": lora, "gates": gates, "both": lora + gates}[mmd_grad]
+    headpurify.route_gradients(*losses(where), lora + gates, reached, alpha=0.7)
+    found = [p.grad.clone() for p in lora + gates]
+    headpurify.route_gradients(losses(where)[0], None, lora + gates, [], alpha=0.7)
+    for parameter, gradient in zip(lora + gates, found):
+        felt = any(parameter is other for other in reached)
+        assert torch.equal(parameter.grad, gradient) or felt  # L_MMD goes nowhere else
+        if felt:
+            assert not torch.allclose(parameter.grad, gradient, rtol=1e-3)
 
-    eps = 1e-6
-    for parameter, gradient in zip(gates, gate_gradients):
-        for i in range(len(parameter)):
-            values = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    parameter[i] += sign * eps
-                    classification, mmd = losses(where)
-                    values.append((classification + 0.7 * mmd).item())
-                    parameter[i] -= sign * eps
-            assert gradient[i].item() == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-5, abs=1e-8)
+    eps, generator = 1e-6, torch.Generator().manual_seed(3)
+    for parameter, gradient in zip(lora + gates, found):
+        direction, values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64), []
+        for sign in (1, -2, 1):
+            with torch.no_grad():
+                parameter += sign * eps * direction
+                classification, mmd = losses(where)
+                weight = 0.7 * any(parameter is other for other in reached)
+                values.append((classification + weight * mmd).item())
+        slope = (values[0] - values[1]) / (2 * eps)
+        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
 def test_mmd_loss_averages_over_pairs_and_features():
