@@ -484,7 +484,7 @@ def plot_gates(gates: torch.Tensor, title: str, path) -> None:
     """Heat map of the gates (layers, heads) around 1, the value of an untouched head."""
     reach = max(0.05, (gates - 1).abs().max().item())
     figure, axes = plt.subplots(figsize=(1.8 + 0.55 * gates.shape[1], 1.4 + 0.45 * len(gates)), layout="constrained")
-    image = axes.imshow(gates, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
+    image = axes.imshow(gates.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
     for layer, head in itertools.product(*map(range, gates.shape)):
         shade = "white" if abs(gates[layer, head] - 1) > 0.6 * reach else "black"
         axes.text(head, layer, f"{gates[layer, head]:.2f}", ha="center", va="center", fontsize=8, color=shade)
@@ -511,7 +511,7 @@ def plot_attention(towers: dict, gates: torch.Tensor, pictures: common.ImageSet,
     for line, (label, cells) in zip(axes, rows.items()):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for panel, cell in zip(line, cells):
-            panel.imshow(cell)
+            panel.imshow(np.asarray(cell))
             panel.set(xticks=[], yticks=[])
     common.save_figure(figure, path)
 
@@ -523,7 +523,7 @@ def plot_features(towers: dict, images: common.ImageSet, args, path) -> None:
         x = common.outputs(common.image_encoder(visual, args.device, args.precision), images, args.device)
         plane = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T  # (N, 2)
         for label, class_name in enumerate(images.classes):
-            panel.scatter(*plane[images.labels == label].T, s=5, label=class_name)
+            panel.scatter(*plane[images.labels == label].T.numpy(), s=5, label=class_name)
         panel.set(title=name, xlabel="first component", ylabel="second component")
     if len(images.classes) <= 20:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", markerscale=3)
@@ -534,7 +534,7 @@ def plot_importance(gates: torch.Tensor, importance: torch.Tensor, path) -> None
     """The gate of every head against what the loss on source hold-outs gains by it, with their rank correlation."""
     ranks = np.stack([values.flatten().argsort().argsort() for values in (gates, importance)])
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    dots = axes.scatter(gates, importance, c=torch.arange(1, len(gates) + 1)[:, None].expand_as(gates))
+    dots = axes.scatter(gates.numpy(), importance.numpy(), c=np.indices(gates.shape)[0] + 1)
     axes.set(xlabel="gate", ylabel="cross-entropy without the head, minus with it")
     axes.set_title(f"Spearman's rank correlation {np.corrcoef(ranks)[0, 1]:.2f}")
     figure.colorbar(dots, label="layer")

@@ -1,10 +1,12 @@
 """What the methods' extras cost, as ratios of two ways that take turns in one run, so that a busy machine slows both.
 
+python tests/bench.py headpurify
 python tests/bench.py clipood
 python tests/bench.py vit_diverse
 """
 
 import argparse
+import copy
 import logging
 import statistics
 import sys
@@ -32,6 +34,79 @@ def medians(ways: dict, repeats: int) -> dict[str, float]:
 def resident() -> int:
     """Bytes of memory that this process holds (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def saved_bytes(forward, weights) -> int:
+    """Bytes that autograd keeps from a forward pass for the backward pass, but for the weights themselves."""
+    own, kept = {weight.untyped_storage().data_ptr() for weight in weights}, {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _alive = forward()  # nothing is freed before it is counted
+    return sum(kept.values())
+
+
+def headpurify(repeats: int) -> None:
+    """A purification step with both gradients beside full fine-tuning's, merged inference beside CLIP's; batch 12."""
+    import common
+    from headpurify import merge, mmd_loss, purify, route_gradients
+
+    logging.disable(logging.WARNING)  # open_clip: "No pretrained weights"
+    labels, domain = torch.arange(12) % 7, torch.arange(3).repeat_interleave(4)
+    for name in ("tiny", "ViT-B-32"):
+        torch.manual_seed(0)
+        clip = (common.load_clip("tiny")[0] if name == "tiny" else open_clip.create_model(name)).visual
+        full, purified = (copy.deepcopy(clip).requires_grad_(True) for _ in range(2))
+        layers = purify(purified)
+        lora = [parameter for layer in layers for parameter in layer.lora_parameters()]
+        gates = [layer.gate_logits for layer in layers]
+        side = clip.image_size[0] if isinstance(clip.image_size, tuple) else clip.image_size
+        images, text = torch.randn(12, 3, side, side), F.normalize(torch.randn(7, clip.output_dim), dim=-1)
+        optimizers = {
+            "full": torch.optim.AdamW(full.parameters(), lr=1e-5),
+            "purify": torch.optim.AdamW(lora + gates, lr=1e-3),
+        }
+
+        def loss(tower, text=text, images=images):
+            features = tower(images)
+            return F.cross_entropy(100 * F.normalize(features, dim=-1) @ text.T, labels), features
+
+        def full_step(full=full, optimizers=optimizers, loss=loss):
+            optimizers["full"].zero_grad()
+            loss(full)[0].backward()
+            optimizers["full"].step()
+
+        def purify_step(purified=purified, optimizers=optimizers, loss=loss, lora=lora, gates=gates):
+            loss_cls, features = loss(purified)
+            route_gradients(loss_cls, mmd_loss([features], domain), lora + gates, gates, alpha=1)
+            optimizers["purify"].step()
+
+        found = medians({"full": full_step, "purify": purify_step}, repeats)
+        print(
+            f"{name}: a step of purification / of full fine-tuning: {found['purify'] / found['full']:.2f} (bound: 1.3)"
+        )
+        with_mmd = lambda: (out := loss(purified), mmd_loss([out[1]], domain))  # noqa: B023, E731
+        forward = {"full": lambda: loss(full), "purify": with_mmd}  # noqa: B023
+        memory = {}
+        for way, tower in (("full", full), ("purify", purified)):
+            state = [s for own in optimizers[way].state.values() for s in own.values() if torch.is_tensor(s)]
+            trained = [p for p in tower.parameters() if p.requires_grad]  # as large: their gradients
+            bytes_of = lambda tensors: sum(tensor.nbytes for tensor in tensors)  # noqa: E731
+            memory[way] = saved_bytes(forward[way], tower.parameters()) + bytes_of(state) + bytes_of(trained)
+        share = memory["purify"] / memory["full"]
+        print(f"  activations, gradients and optimizer: {share:.2f} of {memory['full'] / 1e6:.0f} MB (bound: 1)")
+        merge(purified)
+
+        @torch.no_grad()
+        def infer(tower, images=images):
+            tower.eval()(images)
+
+        found = medians({"CLIP": lambda: infer(clip), "merged": lambda: infer(purified)}, 4 * repeats)  # noqa: B023
+        print(f"  inference, merged / CLIP: {found['merged'] / found['CLIP']:.2f} (bounds: 0.97, 1.03)")
 
 
 def clipood(repeats: int) -> None:
@@ -134,7 +209,7 @@ def vit_diverse(repeats: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=["clipood", "vit_diverse"])
+    parser.add_argument("method", choices=["headpurify", "clipood", "vit_diverse"])
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     globals()[args.method](args.repeats)

@@ -34,6 +34,28 @@ def checkout(root, tmp_path):
     return copy
 
 
+@pytest.fixture
+def call_main(tmp_path, monkeypatch, capsys):
+    """A method's `main` in this process, in a folder of its own that has results/; returns what it printed, or the
+    message it stopped with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+
+    def call(main, arguments):
+        import common
+
+        arguments = arguments.split() if isinstance(arguments, str) else arguments
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        try:
+            common.command(main)
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            return capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return call
+
+
 def readme_commands(root):
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (root / "README.md").read_text(), re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -622,21 +623,8 @@ def result(folder):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """The command in this process, in a folder of its own; returns what it printed, or the message it stopped with."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").mkdir()
-
-    def run(arguments):
-        monkeypatch.setattr(sys, "argv", ["clipood.py", *arguments.split()])
-        try:
-            common.command(clipood.main)
-        except SystemExit as stopped:
-            assert stopped.code == 2
-            return capsys.readouterr().err
-        return capsys.readouterr().out
-
-    return run
+def command(call_main):
+    return functools.partial(call_main, clipood.main)
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """Head purification against explicit loops, finite differences and the equality of two ways."""
 
 import copy
+import functools
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -246,3 +249,183 @@ def test_export_is_a_plain_open_clip_model(tmp_path):
     )
     assert json.loads((tmp_path / "model" / "classes.json").read_text()) == list(domain.classes)
     assert (scores.argmax(1) == labels.numpy()).mean() == (purified == labels).double().mean().item()
+
+
+def test_interference_is_the_cosine_of_updates():
+    torch.manual_seed(4)
+    layers = [
+        HeadPurifiedAttention(nn.MultiheadAttention(24, 6, batch_first=True), 2, aware) for aware in (True, False)
+    ]
+    randomize(layers)
+    for layer, found in zip(layers, headpurify.interference(layers)):
+        cosines = []
+        for down, up in ((layer.down_q, layer.up_q), (layer.down_v, layer.up_v)):
+            updates = [(down[i if len(down) > 1 else 0] @ up[i]).flatten() for i in range(6)]
+            for i, j in itertools.combinations(range(6), 2):
+                cosines.append(F.cosine_similarity(updates[i], updates[j], dim=0).abs().item())
+        assert found == pytest.approx(np.mean(cosines), rel=1e-5)
+
+
+def flags(monkeypatch, arguments):
+    monkeypatch.setattr("sys.argv", ["headpurify.py", *arguments.split()])
+    return headpurify.settings()
+
+
+@pytest.mark.parametrize("model, heads, width", [("tiny", 6, 96), ("ViT-B-16", 12, 768)])
+def test_matched_lora_has_as_many_parameters(monkeypatch, model, heads, width):
+    names = "ha-lora lora/lora-rank=match lora/lora-rank=double lora"
+    counts = {}
+    for name, mode in flags(monkeypatch, f"--model {model} --modes {names}").modes.items():
+        ranks, aware = headpurify.lora_ranks(mode, heads), mode.adapter == "ha-lora"
+        mha = nn.MultiheadAttention(width, heads, batch_first=True)
+        layers = [HeadPurifiedAttention(copy.deepcopy(mha), rank, aware) for rank in ranks]
+        counts[name] = sum(p.numel() for layer in layers for p in layer.lora_parameters())
+    assert counts["lora/lora-rank=match"] == counts["ha-lora"]
+    assert counts["lora/lora-rank=double"] == 2 * counts["lora"] < counts["ha-lora"]
+
+
+@pytest.mark.parametrize(
+    "strategy, expected",
+    [
+        ("joint", "wg wg wg wg wg wg"),
+        ("alternating", "w g w g w g"),
+        ("two-stage", "w w w g g g"),
+    ],
+)
+def test_strategies(strategy, expected):
+    trained = [headpurify.trained_now(strategy, step, 6, ["w"], ["g"]) for step in range(1, 7)]
+    assert ["".join(step) for step in trained] == expected.split()
+    assert headpurify.trained_now(strategy, 4, 6, [], ["g"]) == ["g"]  # gates alone are always trained
+
+
+def test_silenced_heads_and_their_importance():
+    """Without a head the layer computes what it computes when the gate of that head is 0; importance by hand."""
+    torch.manual_seed(6)
+    model, features = small_vit(heads=3, width=12, layers=2), F.normalize(torch.randn(4, 32), dim=-1)
+    images, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 3, 0])
+    loss = lambda visual: F.cross_entropy(10 * F.normalize(visual(images), dim=-1) @ features.T, labels).item()  # noqa: E731
+    before = {name: value.clone() for name, value in model.visual.state_dict().items()}
+    found = headpurify.head_importance(model.visual, features, 10, images, labels)
+    assert all(torch.equal(value, before[name]) for name, value in model.visual.state_dict().items())
+    for layer, head in itertools.product(range(2), range(3)):
+        gated, silenced = copy.deepcopy(model.visual), copy.deepcopy(model.visual)
+        purified = purify(gated, 0, 0)[layer]
+        purified.gates = lambda head=head: torch.tensor([float(i != head) for i in range(3)])
+        headpurify.silence(silenced, layer, head)
+        assert torch.allclose(silenced(images), gated(images), atol=1e-6)
+        assert found[layer, head].item() == pytest.approx(loss(gated) - loss(model.visual), abs=1e-5)
+
+
+def test_cls_attention_is_that_of_the_layer():
+    visual, images = small_vit(heads=3, width=12, layers=2).visual, torch.randn(2, 3, 32, 32)
+    with headpurify.recorded(visual, "inputs") as inputs:
+        visual(images)
+    for block, z, found in zip(visual.transformer.resblocks, inputs, headpurify.cls_attention(visual, images)):
+        weights = block.attn(z, z, z, need_weights=True, average_attn_weights=False)[1]  # (B, H, N, N)
+        assert torch.allclose(found, weights[:, :, 0, 1:], atol=1e-6)
+
+
+def test_style_loss_by_a_loop():
+    generator = torch.Generator().manual_seed(7)
+    unit = lambda *shape: F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)  # noqa: E731
+    style, styled, content, earlier = unit(6), unit(3, 6), unit(3, 6), unit(2, 6)
+    diversity = sum(abs(float(e @ style)) for e in earlier) / 2
+    consistency = 0.0
+    for m in range(3):
+        scores = [np.exp(float(styled[m] @ content[n])) for n in range(3)]
+        consistency -= np.log(scores[m] / sum(scores)) / 3
+    assert headpurify.style_loss(style, styled, content, earlier).item() == pytest.approx(diversity + consistency)
+    assert headpurify.style_loss(style, styled, content, earlier[:0]).item() == pytest.approx(consistency)
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """tiny-pacs with 10 training and 8 balanced images of a class and domain."""
+    monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (common.PACS_CLASSES, 10, 8))
+
+
+def test_learned_prompts_classify(small_world, monkeypatch):
+    """Both start near the zero-shot classifier; CoOp fits the sources better, PromptStyler never sees an image."""
+    model, preprocess, tokenizer = common.load_clip("tiny")
+    split = common.leave_one_out(common.load_domains("tiny-pacs", seed=1001), "sketch", preprocess, preprocess)
+    mode = SimpleNamespace(device="cpu", precision="fp32", workers=0, batch_size=12, context=4, templates=["a {}."])
+    accuracy = {}
+    monkeypatch.setattr(headpurify, "promptstyler", functools.partial(headpurify.promptstyler, steps=5))
+    for mode.prompt in ("templates", "coop", "promptstyler"):
+        features = headpurify.prompt_features(model, tokenizer, common.PACS_CLASSES, split, mode, seed=0)
+        assert features.shape == (7, 64) and torch.allclose(features.norm(dim=-1), torch.ones(7))
+        again = headpurify.prompt_features(model, tokenizer, common.PACS_CLASSES, split, mode, seed=0)
+        assert torch.equal(features, again)
+        classify = common.clip_classifier(model.visual, features)
+        accuracy[mode.prompt] = common.evaluate(classify, split.train)["accuracy"]
+    assert accuracy["coop"] > accuracy["templates"] + 0.03
+    assert accuracy["promptstyler"] > 2 / 7
+
+
+def test_study_writes_tables_and_figures(call_main, small_world, tmp_path):
+    """Every mode of a study goes through one training; what L_MMD reaches changes what is learnt."""
+    arguments = "--study mmd-target --epochs 1 --lr 0.03 --gate-lr 0.5"
+    out = call_main(headpurify.main, arguments)
+    modes = headpurify.STUDIES["mmd-target"].split()
+    assert all(out.count(mode) >= 3 for mode in modes)
+    files = {file.name for file in (tmp_path / "results").iterdir()}
+    stem = "headpurify-mmd-target-tiny-pacs"
+    assert files == {f"{stem}.json", f"{stem}.png", f"{stem}-interference.png"}
+    (run,) = json.loads((tmp_path / "results" / f"{stem}.json").read_text())["runs"]
+    gates = {json.dumps(run["modes"][mode]["gates"]) for mode in modes[1:]}
+    assert len(gates) == len(modes) - 1
+    again = call_main(headpurify.main, arguments + " --resume")
+    assert "--resume: found" in again and "holdout" not in again  # nothing was trained
+    assert out.split("\n\n")[-1].strip() == again.split("\n\n")[-1].strip()
+    error = call_main(headpurify.main, arguments + " --resume --alpha 3")
+    assert "other settings" in error and "alpha" in error
+
+
+def test_drop_heads(call_main, small_world, tmp_path):
+    out = call_main(headpurify.main, "--study drop-heads --epochs 1 --drop 6.2 1.1")
+    (run,) = json.loads((tmp_path / "results" / "headpurify-drop-heads-tiny-pacs.json").read_text())["runs"]
+    assert set(run["drop"]) == {"random", "by hand", "gates on frozen CLIP", "adapt and drop"}
+    assert run["drop"]["by hand"]["dropped"] == [0, 2] and run["drop"]["random"]["dropped"][-1] == 27
+    for order, mode in (("random", "zero-shot"), ("adapt and drop", "ha-lora+dig")):
+        for part in ("holdout", "target"):
+            assert run["drop"][order][part][0] == pytest.approx(run["modes"][mode][part]["accuracy"])
+            assert f"{100 * run['drop'][order][part][-1]:.1f}" in out
+
+
+@pytest.mark.slow
+def test_figures(call_main, small_world, tmp_path):
+    call_main(headpurify.main, "--modes ha-lora+dig --epochs 1 --figures")
+    folder = tmp_path / "runs" / "headpurify" / "tiny-pacs-sketch-seed0"
+    for name in ("gates", "attention", "features", "importance"):
+        assert (folder / f"{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--modes lroa", ("'lroa'", "did you mean 'lora'")),
+        ("--modes lora/seeds=3", ("'lora/seeds=3'", "it may set")),
+        ("--modes lora/lora-rank=four", ("--lora-rank", "'four'")),
+        ("--modes lora --figures", ("--figures", "lora")),
+        ("--study drop-heads --drop 7.2", ("--drop 7.2", "1.1 ... 6.6")),
+        ("--study drop-heads --drop two", ("--drop two", "1.1 ... 6.6")),
+        ("--modes zero-shot --prompt file", ("--class-features", "(7, 64)", "dog")),
+        ("--modes zero-shot --prompt file --class-features wrong.npy", ("wrong.npy", "(7, 64)", "dog")),
+        ("--modes lora/rank=0", ("--rank", "got 0")),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(call_main, small_world, tmp_path, arguments, words):
+    np.save(tmp_path / "wrong.npy", np.zeros((3, 64)))
+    error = call_main(headpurify.main, arguments)
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.glob("runs/**/*.json")) and not list((tmp_path / "results").iterdir())
+
+
+def test_class_features_from_a_file(call_main, small_world, tmp_path):
+    """Any prompt method's features: those of the default prompt, from a file and scaled, give its accuracies."""
+    model, _, tokenizer = common.load_clip("tiny")
+    np.save(tmp_path / "own.npy", 3 * common.class_features(model, tokenizer, common.PACS_CLASSES).numpy())
+    arguments = "--modes zero-shot/prompt=file zero-shot --class-features own.npy --summary results/both.json"
+    call_main(headpurify.main, arguments)
+    (run,) = json.loads((tmp_path / "results" / "both.json").read_text())["runs"]
+    assert run["modes"]["zero-shot/prompt=file"] == run["modes"]["zero-shot"]
