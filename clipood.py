@@ -256,6 +256,22 @@ class BetaMovingAverage(nn.Module):
 
 # ---------- Three tasks ----------------------------------------------------------------------------
 
+def few_shot(images: common.ImageSet, shots: int, seed: int, none_ok: bool = False) -> common.ImageSet:
+    """`shots` images of every class, drawn by `seed` without replacement; all of a class that has fewer (printed).
+
+    Raises: InputError for a class without images, unless `none_ok`.
+    """
+    rng, chosen = common.tiny_rng(seed, "few shots"), []
+    for label, name in enumerate(images.classes):
+        own = np.flatnonzero(images.labels == label)
+        if not len(own) and not none_ok:
+            raise common.InputError(f"there is no image of class {name!r} to draw {shots} shots from")
+        if len(own) < shots:
+            print(f"class {name!r} has only {len(own)} images, fewer than {shots} shots: all are used", flush=True)
+        chosen.append(rng.permutation(own)[:shots])
+    return images.subset(np.concatenate(chosen))
+
+
 def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
     """The first half of n classes and the rest; a middle one is base (open class) or new (in the wild)."""
     if n < 2:
@@ -303,8 +319,8 @@ def domain_shift(args, domains, target: str) -> Task:
 def open_class(args, parts: dict, name: str, seed: int) -> Task:
     """Train on a few shots of the base classes; test base and new classes apart, each over their own names."""
     base, new = base_and_new(len(parts["train"].classes))
-    train = common.few_shot(parts["train"].of_classes(base), args.shots, seed)
-    tests = {"validation": common.few_shot(parts["val"].of_classes(base), min(args.shots, 4), seed, none_ok=True)}
+    train = few_shot(parts["train"].of_classes(base), args.shots, seed)
+    tests = {"validation": few_shot(parts["val"].of_classes(base), min(args.shots, 4), seed, none_ok=True)}
     tests |= {"base": parts["test"].of_classes(base), "new": parts["test"].of_classes(new)}
     return Task(parts["train"].classes, {name: train}, {test: {name: images} for test, images in tests.items()})
 
@@ -335,7 +351,7 @@ def make_task(args, data, target: str, seed: int, preprocess, augment) -> Task:
     elif args.task == "domain-shift" and args.dataset != "imagenet":
         task = domain_shift(args, data, target)
     elif args.task == "domain-shift":  # train on a few shots of all classes, test on the validation set and its shifts
-        train = common.few_shot(data["train"], args.shots, seed)
+        train = few_shot(data["train"], args.shots, seed)
         tests = {"imagenet": data["test"], **{name: data[name] for name in common.IMAGENET_SHIFTS}}
         task = Task(train.classes, {"imagenet": train}, {name: {name: images} for name, images in tests.items()})
     else:

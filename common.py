@@ -1,9 +1,9 @@
 """Everything the four method files share, in the order a run uses it.
 
-1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches: `load_domains`, `load_parts`, `few_shot`, ...
+1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches: `load_domains`, `load_parts`, ...
 2. CLIP         loading, class features, learned prompts, export: `load_clip`, `class_features`, `CoOp`, `export_clip`
 3. MMD          `mmd2`
-4. Evaluation   `evaluate`, `harmonic_mean`
+4. Evaluation   `evaluate`, `outputs`
 5. Runs         flags, seeds, devices, output folders, checkpoints, tables
 
 A method file imports this file and libraries, never another method file. `assets/tiny_world.py`, which lies beside the tiny
@@ -291,22 +291,6 @@ def load_parts(name: str, root: str | Path = "data") -> dict[str, ImageSet]:
             raise InputError(f"data set {name!r} has no image {items[0][0] if items else ''} for its part {part}; expected {layout}")
     return {part: ImageSet(np.array([str(file) for file, _ in items]), torch.tensor([label for _, label in items]), tuple(names))
             for part, items in parts.items()}  # fmt: skip
-
-
-def few_shot(images: ImageSet, shots: int, seed: int, none_ok: bool = False) -> ImageSet:
-    """`shots` images of every class, drawn by `seed` without replacement; all of a class that has fewer, which is printed.
-
-    Raises: InputError for a class without images, unless `none_ok`.
-    """
-    rng, chosen = tiny_rng(seed, "few shots"), []
-    for label, name in enumerate(images.classes):
-        own = np.flatnonzero(images.labels == label)
-        if not len(own) and not none_ok:
-            raise InputError(f"there is no image of class {name!r} to draw {shots} shots from")
-        if len(own) < shots:
-            print(f"class {name!r} has only {len(own)} images, fewer than {shots} shots: all are used", flush=True)
-        chosen.append(rng.permutation(own)[:shots])
-    return images.subset(np.concatenate(chosen))
 
 
 def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:

@@ -47,8 +47,8 @@ STUDIES = {
                         for mode in ("zero-shot", "ha-lora+dig")),
     "drop-heads": "zero-shot ha-lora+dig",
 }  # fmt: skip
-OWN_SETTINGS = ("rank last-rank lora-rank scale alpha mmd-at mmd-grad strategy prompt batch-size epochs lr gate-lr "
-                "full-lr weight-decay").split()  # fmt: skip
+OWN_SETTINGS = ("rank last-rank lora-rank scale alpha mmd-at mmd-grad bandwidths strategy prompt batch-size epochs lr "
+                "gate-lr full-lr weight-decay").split()  # fmt: skip
 
 
 def settings() -> argparse.Namespace:
@@ -66,6 +66,7 @@ def settings() -> argparse.Namespace:
     method("--alpha", type=float, default=1.0, help="weight of L_MMD (default: 1, our choice)")
     method("--mmd-at", choices=("output", "layers", "heads"), default="output", help="L_MMD compares the encoder's "
            "output, the CLS token after every layer, or its gated heads (default: output, our choice)")  # fmt: skip
+    method("--bandwidths", type=float, nargs="+", help="of the kernel (default: a bank around the median, our choice)")
     method("--mmd-grad", choices=("none", "lora", "gates", "both"), default="gates", help="what L_MMD trains")
     method("--strategy", choices=("joint", "alternating", "two-stage"), default="joint", help="both in every step, in "
            "turns, or gates in the second half (default: joint, published)")  # fmt: skip
@@ -93,6 +94,8 @@ def settings() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, tiny if args.model == "tiny" else other)
     args.modes = {text: read_mode(text, args, parser) for text in dict.fromkeys(args.modes)}
+    if any((wrong := width) <= 0 for mode in args.modes.values() for width in mode.bandwidths or []):
+        raise common.InputError(f"--bandwidths must be above 0, got {wrong}")
     if args.figures and not [*args.modes.values()][-1].gated:
         raise common.InputError(f"--figures needs gates in the last mode, such as ha-lora+dig, not {[*args.modes][-1]}")
     at_least_1 = "rank last_rank batch_size epochs eval_every context".split()
@@ -223,13 +226,13 @@ def recorded(visual: nn.Module, where: str):
         yield record
 
 
-def mmd_loss(features: list[torch.Tensor], domain: torch.Tensor) -> torch.Tensor:
+def mmd_loss(features: list[torch.Tensor], domain: torch.Tensor, bandwidths=None) -> torch.Tensor:
     """L_MMD: MMD^2 of the domains of a batch, averaged over pairs of domains and the features (B, D) in the list."""
     pairs = list(itertools.combinations(domain.unique().tolist(), 2))
     if not pairs:
         raise common.InputError("L_MMD compares source domains, so two are needed; with one, use --modes lora ha-lora")
     unit = [F.normalize(feature.float(), dim=-1) for feature in features]
-    return torch.stack([common.mmd2(x[domain == a], x[domain == b]) for x in unit for a, b in pairs]).mean()
+    return torch.stack([common.mmd2(x[domain == a], x[domain == b], bandwidths) for x in unit for a, b in pairs]).mean()
 
 
 def route_gradients(loss_cls, loss_mmd, trained: list, reached: list, alpha: float) -> None:
@@ -370,7 +373,7 @@ def train(visual, features, logit_scale: float, split: common.Split, mode, seed:
         logits = logit_scale * F.normalize(embedding.float(), dim=-1) @ features.T  # (B, C)
         loss_cls = F.cross_entropy(logits, labels)
         compared = [tokens[:, 0] for tokens in record] or [embedding]
-        loss_mmd = mmd_loss(compared, domain) if reached else torch.zeros((), device=mode.device)
+        loss_mmd = mmd_loss(compared, domain, mode.bandwidths) if reached else torch.zeros((), device=mode.device)
         trained = trained_now(mode.strategy, step, steps, weights, gates)
         optimizer.zero_grad()
         reached_now = [parameter for parameter in trained if id(parameter) in reached]

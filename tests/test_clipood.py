@@ -279,14 +279,14 @@ def test_harmonic_mean():
 
 def test_few_shots(capsys):
     images = toy_images([20, 30, 5])
-    chosen = common.few_shot(images, 16, seed=3)
+    chosen = clipood.few_shot(images, 16, seed=3)
     assert chosen.labels.bincount().tolist() == [16, 16, 5]
     assert len(set(chosen.images[:, 0, 0, 0].tolist())) == 37  # nothing twice
     assert "class 'c' has only 5 images, fewer than 16 shots" in capsys.readouterr().out
-    assert torch.equal(chosen.images, common.few_shot(images, 16, seed=3).images)
-    assert not torch.equal(chosen.images, common.few_shot(images, 16, seed=4).images)
+    assert torch.equal(chosen.images, clipood.few_shot(images, 16, seed=3).images)
+    assert not torch.equal(chosen.images, clipood.few_shot(images, 16, seed=4).images)
     with pytest.raises(common.InputError, match="no image of class 'b'"):
-        common.few_shot(toy_images([2, 0, 3]), 1, seed=0)
+        clipood.few_shot(toy_images([2, 0, 3]), 1, seed=0)
 
 
 def test_classes_are_numbered_anew():
