@@ -423,6 +423,7 @@ def test_readme_tables_are_the_committed_runs(root):
 QUICK = "vit_diverse.py --epochs 1 --batch-size 200 --depth 2 --dim 16 --dim-head 4 --mlp-dim 16"
 
 
+@pytest.mark.slow
 def test_main_job(checkout, root):
     """The README's command, its network made small: four rows, the files, the same numbers twice."""
     readme_script(root, "python vit_diverse.py")
