@@ -106,11 +106,12 @@ class ImageSet(Dataset):
 
 @dataclass
 class Domain:
-    """One domain of a benchmark. A tiny domain has two parts; a real one is one set and `balanced` is None."""
+    """One domain of a benchmark. A tiny one has a training part and a balanced one, domainnet-mini has a train and a test list;
+    the others are one set and `balanced` is None."""
 
     name: str
     images: ImageSet  # to train on while the domain is a source; in a tiny domain the background goes with the class
-    balanced: ImageSet | None = None  # background independent of the class: what tiny accuracies are reported on
+    balanced: ImageSet | None = None  # what accuracies are reported on; tiny: the background is independent of the class
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ BENCHMARKS = {
     "terra": Benchmark("terra_incognita", ("location_100", "location_38", "location_43", "location_46"), DOMAINBED),
     "domainnet": Benchmark("domain_net", ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
                            "ai.bu.edu/M3SDA, the cleaned archives", "tiny-office"),
+    "domainnet-mini": Benchmark("domain_net", ("clipart", "painting", "real", "sketch"),
+                                "ai.bu.edu/M3SDA; the lists <domain>_{train,test}_mini.txt of its 40 classes from SENTRY", "tiny-office"),
+    "cub-paintings": Benchmark(".", ("painting", "photo"), "CUB_200_2011/ from Caltech and CUB-200-Painting/ from thuml/PAN"),
 }  # fmt: skip
 # classes, images per class in the cued training part and in the balanced part (a multiple of the 8 backgrounds) of a domain
 TINY_BENCHMARKS = {"tiny-pacs": (PACS_CLASSES, 160, 80), "tiny-office": (OFFICE_CLASSES, 80, 40)}
@@ -161,7 +165,7 @@ def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float
         if not path.is_dir():
             layout = f"{path}/<domain>/<class>/<image>, domains {', '.join(benchmark.domains)}"
             raise missing(name, path, layout, benchmark.source, root, benchmark.stand_in)
-        return read_folders(path, benchmark.domains)
+        return {"domainnet-mini": read_mini, "cub-paintings": read_cub}.get(name, read_folders)(path, benchmark.domains)
     raise InputError(f"unknown data set {name!r}{did_you_mean(name, [*BENCHMARKS, *TINY_BENCHMARKS, *also])} "
                      f"Choose from {', '.join([*TINY_BENCHMARKS, *BENCHMARKS, *also])}, or folder:PATH.")  # fmt: skip
 
@@ -193,6 +197,37 @@ def read_folders(path: Path, domains: tuple[str, ...]) -> list[Domain]:
             if label not in filled:
                 raise InputError(f"domain {name!r} has no image of class {label!r}, which other domains have: {path / name / label} is missing or empty")
     return [Domain(name, ImageSet(np.array([file for file, _ in folder.samples]), torch.tensor(folder.targets), classes)) for name, folder in folders.items()]
+
+
+def read_mini(path: Path, domains: tuple[str, ...]) -> list[Domain]:
+    """DomainNet-mini: lists `<domain>_{train,test}_mini.txt` of `image label`; a class is called like the folder of its images."""
+    names, lists = {}, {}
+    for file in [path / f"{domain}_{part}_mini.txt" for domain in domains for part in ("train", "test")]:
+        try:
+            lines = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
+            names |= {int(label): Path(image).parent.name for image, label in lines}
+            absent = [path / image for image, _ in lines if not (path / image).is_file()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {file} ({error}); expected lines `<domain>/<class>/<image> label`") from None
+        if absent or not lines:
+            raise InputError(f"{len(absent)} of the {len(lines)} images that {file} lists are missing {absent[:1]}")
+        lists[file.stem] = np.array([str(path / image) for image, _ in lines]), torch.tensor([int(label) for _, label in lines])
+    classes = tuple(names[label] for label in sorted(names))
+    return [Domain(domain, *(ImageSet(*lists[f"{domain}_{part}_mini"], classes) for part in ("train", "test"))) for domain in domains]
+
+
+def read_cub(path: Path, domains: tuple[str, ...]) -> list[Domain]:
+    """CUB's paintings and photos. A class folder is called `001.Black_footed_Albatross`: the number is its identity, the rest its
+    name, which the two releases spell with other capitals."""
+    folders = [path / "CUB-200-Painting", path / "CUB_200_2011" / "images"]
+    if not all(folder.is_dir() for folder in folders):
+        raise missing("cub-paintings", path, f"{folders[0]}/<class>/<image> and {folders[1]}/<class>/<image>", BENCHMARKS["cub-paintings"].source, path, "tiny-pacs")
+    sets = [ImageFolder(folder, allow_empty=True) for folder in folders]
+    numbers = [[name.split(".")[0] for name in images.classes] for images in sets]
+    if numbers[0] != numbers[1]:
+        raise InputError(f"the class folders of {folders[0]} and {folders[1]} have different numbers: {sorted({*numbers[0]} ^ {*numbers[1]})}")
+    classes = tuple(name.split(".", 1)[-1] for name in sets[1].classes)
+    return [Domain(domain, ImageSet(np.array([file for file, _ in images.samples]), torch.tensor(images.targets), classes)) for domain, images in zip(domains, sets)]
 
 
 def read_image(path: str) -> Image.Image:
