@@ -809,8 +809,8 @@ def did_you_mean(wrong: str, names) -> str:
     return f" (did you mean {names[close[0]]!r}?)." if close else "."
 
 
-def choose_targets(text: str, names: list[str]) -> list[str]:
-    """Domains meant by --target: a name in any case (spaces, `_` and `-` alike), its start, L100 for location_100, a number, `all`.
+def choose_targets(text: str, names: list[str], what: str = "target") -> list[str]:
+    """Domains meant by --target (`what`): a name in any case (spaces, `_` and `-` alike), its start, L100 for location_100, a number, `all`.
 
     Raises: InputError with the nearest name for anything else.
     """
@@ -823,7 +823,7 @@ def choose_targets(text: str, names: list[str]) -> list[str]:
         return exact[:1] or starts
     if text.isdigit() and int(text) < len(names):
         return [names[int(text)]]
-    raise InputError(f"unknown target {text!r}{did_you_mean(text, names)} Choose from {', '.join(names)}, 0-{len(names) - 1} or all.")
+    raise InputError(f"unknown {what} {text!r}{did_you_mean(text, names)} Choose from {', '.join(names)}, 0-{len(names) - 1} or all.")
 
 
 @contextlib.contextmanager
