@@ -1,7 +1,7 @@
 """LDFS: features for domains known only by their name (Yan et al., arXiv 2405.02586).
 
-All labelled images are photos, say, and the classifier should also work on sketches, of which there is no image, only the
-words "a sketch of a {}". Everything happens on CLIP's frozen, unit-norm output features, in two steps:
+All labelled images are photos, say, and the classifier should also work on sketches, known only by the words "a sketch
+of a {}". Everything happens on CLIP's frozen, unit-norm output features, in two steps:
   synthesise   a small network per target domain moves an image's feature as its caption moves when the domain's words
                change: "a photo of a red dog on grass" -> "a sketch of a red dog on grass"
   fine-tune    a probe, CLIP-Adapter, CoOp or Tip-Adapter-F learns from the features and the synthesised ones together
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +36,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 WORDS = Path(__file__).with_name("assets") / "words.json"  # descriptions of domains, phrases for captions
 SOURCES = {"officehome": "Real World", "domainnet": "sketch", "domainnet-mini": "sketch"}  # by default; else photo
 # fine-tuning method: learning rate with the tiny CLIP (source hold-out, seeds 1000 and 1001), with others (untested)
-FINETUNE = {"probe": (1e-2, 1e-3), "probe-random": (1e-2, 1e-3), "adapter": (1e-2, 1e-3), "coop": (1e-2, 2e-3),
-            "tip-adapter": (1e-2, 1e-3)}  # fmt: skip
+FINETUNE = {"probe": (3e-3, 1e-3), "probe-random": (1e-2, 1e-3), "adapter": (1e-2, 1e-3), "coop": (3e-3, 2e-3),
+            "tip-adapter": (1e-3, 1e-3)}  # fmt: skip
 # A row of a table is a name, where {} stands for --finetune, and the settings that it changes.
 NONE, PLAIN = {"direction": "none"}, {"captioner": "template", "sigma": 0.0, "pairwise": 0.0, "reach": 0.0}
 LADS = {**PLAIN, "direction": "global", "consistency": 1.0}
@@ -51,7 +50,7 @@ STUDIES = {
         "{} + local, pairwise": {"sigma": 0.0}, "{} + LDFS": {},
         "{} + LDFS, reach 0": {"reach": 0.0}, "{} + LDFS, consistency": {"consistency": 1.0},
     },
-    "captions": {"{}": NONE, **{f"{{}} + LDFS, {name}": {"captioner": name} for name in ("template", "retrieval")}},
+    "captions": {"{}": NONE, "{} + LDFS, template": {"captioner": "template"}, "{} + LDFS": {}},
     "finetune": {name.replace("{}", method): {**row, "finetune": method} for method in FINETUNE
                  for name, row in (("{}", NONE), ("{} + LADS", LADS), ("{} + LDFS", {}))},
     "sigma": {"{}": NONE, **{f"{{}} + LDFS, sigma {x}": {"sigma": x} for x in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)}},
@@ -60,28 +59,27 @@ STUDIES = {
 
 def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data and model").add_argument
     names = [*common.TINY_BENCHMARKS, "tiny-waterbirds", *common.BENCHMARKS, "waterbirds"]
     data("--dataset", default="tiny-pacs", help=f"{', '.join(names)} or folder:PATH (default: tiny-pacs)")
     data("--data-root", default="data", help="folder that holds the benchmarks' folders (default: data)")
-    data("--source", help="domain with labelled images, or all: each in turn (default: photo; officehome Real World, domainnet "
-         "and domainnet-mini sketch; in waterbirds always the birds in their usual place)")  # fmt: skip
+    data("--source", help="domain with labelled images, or all, each in turn (default: photo; officehome Real World, "
+         "domainnet and domainnet-mini sketch; waterbirds: always the birds in their usual place)")  # fmt: skip
     data("--targets", nargs="+", help="domains known by name; only the last test sees an image (default: all others)")
     data("--descriptions", nargs="+", default=[], metavar="NAME=TEXT",
-         help="words for domains, as 'sketch=a pencil sketch of a {}' (default: those in assets/words.json)")  # fmt: skip
+         help="words for domains: 'sketch=a pencil sketch of a {}' (default: those in assets/words.json)")  # fmt: skip
     data("--cue", type=float, help="tiny data: share of training images on their class's background (default: 0.4)")
-    model = parser.add_argument_group("model").add_argument
-    model("--model", help="tiny, an open_clip name, hf-hub:... or local-dir:... (default: tiny for tiny data, or ViT-B-16)")
-    model("--pretrained", help="open_clip tag or checkpoint file (default: openai)")
-    model("--templates", nargs="+", default=["a photo of a {}."], help="zero-shot prompts (default: %(default)s)")
+    data("--model", help="tiny, open_clip's name, hf-hub:... or local-dir:... (default: tiny for tiny data; ViT-B-16)")
+    data("--pretrained", help="open_clip tag or checkpoint file (default: openai)")
+    data("--templates", nargs="+", default=["a photo of a {}."], help="zero-shot prompts (default: %(default)s)")
     say = parser.add_argument_group("captions").add_argument
-    say("--captioner", choices=("retrieval", "template", "coca", "file"), default="retrieval", help="CLIP's nearest phrases, "
-        "nothing but the class, CoCa (which is downloaded), --caption-file (default: retrieval, our choice)")  # fmt: skip
+    say("--captioner", choices=("retrieval", "template", "coca", "file"), default="retrieval", help="CLIP's nearest "
+        "phrases, only the class, CoCa (a download), --caption-file (default: retrieval, our choice)")  # fmt: skip
     say("--caption-file", type=Path, help='JSON {"path below the data root": "caption"}')
-    say("--coca", nargs=2, default=["coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"], help="its name, and tag or file")
+    say("--coca", nargs=2, default=["coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"], metavar=("NAME", "TAG"))
     method = parser.add_argument_group("step 1: one mapper for each target").add_argument
-    method("--direction", choices=("local", "global", "additive", "none"), default="local", help="follow each caption's own "
-           "direction or its class's, add it without learning, or make no features (default: local, published)")  # fmt: skip
+    method("--direction", choices=("local", "global", "additive"), default="local", help="follow each caption's own "
+           "direction or its class's, or add it without learning (default: local, published)")  # fmt: skip
     method("--sigma", type=float, help="noise on a coordinate of a text feature (default: 0.03, tiny 0.1; ours)")
     method("--pairwise", type=float, default=1.0, help="weight of the pairwise regularizer (default: 1, our choice)")
     method("--consistency", type=float, default=0.0, help="weight of LADS' class consistency (default: 0, published)")
@@ -93,8 +91,8 @@ def settings() -> argparse.Namespace:
     method("--batch-size", type=int, default=256, help="source images in a step, in both steps (default: 256, as LADS)")
     tune = parser.add_argument_group("step 2: fine-tuning").add_argument
     tune("--finetune", choices=FINETUNE, default="probe", help="what learns from the features (default: probe)")
-    tune("--epochs", type=int, default=20, help="passes over the source images (default: 20, source hold-out)")
-    tune("--lr", type=float, help="of AdamW, at the start of a cosine (default: 1e-3, coop 2e-3; tiny 1e-2; ours)")
+    tune("--epochs", type=int, default=60, help="passes over the source images (default: 60, source hold-out)")
+    tune("--lr", type=float, help="of AdamW, at the start of a cosine (default: the table FINETUNE in the file)")
     tune("--study", choices=STUDIES, help="a comparison; writes results/ldfs-<study>-<dataset>.json")
     args = common.run_flags(parser, "<dataset>-<source>-seed<seed>").parse_args()
 
@@ -120,17 +118,8 @@ def settings() -> argparse.Namespace:
     return args
 
 
-def table_rows(args) -> dict[str, argparse.Namespace]:
-    """The rows of the table to make, each with all its settings."""
-    rows = STUDIES.get(args.study, ROWS)
-    if args.study == "captions":
-        rows = {**rows, f"{{}} + LDFS, {args.captioner}": {}}
-    rows = {name.replace("{}", args.finetune): {**vars(args), **row} for name, row in rows.items()}
-    return {name: argparse.Namespace(**row) for name, row in rows.items()}
-
-
 # ---------------------------------------------------------------------------------------------------
-# Step 1: losses and the mapper
+# The method: step 1, losses and the mapper; step 2, what learns from the features
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +165,7 @@ def pairwise_loss(features, mapped) -> torch.Tensor:
 
 
 class Mapper(nn.Module):
-    """M(f) = normalise( f + W_2 relu(W_1 f + b_1) + b_2 ), unit-norm (B, D) -> (B, D); W_2 = b_2 = 0 at first: M(f) = f."""
+    """M(f) = normalise( f + W_2 relu(W_1 f + b_1) + b_2 ), unit-norm (B, D); at first W_2 = b_2 = 0: M(f) = f."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -191,7 +180,7 @@ class Mapper(nn.Module):
 def mapper_loss(row, mapper, batch, class_features, scale: float, sigma: float) -> torch.Tensor:
     """L = L_ld + pairwise L_pair (+ consistency: cross-entropy of mapped features against the class names, LADS).
 
-    Args: batch: features (B, D), labels (B,), text_source and text_target (B, D); class_features (C, D); scale: 1 / tau.
+    Args: batch: features (B, D), labels (B,), text_source, text_target (B, D); class_features (C, D); scale: 1 / tau.
     """
     features, labels, *texts = batch
     mapped = mapper(features)
@@ -205,10 +194,7 @@ def mapper_loss(row, mapper, batch, class_features, scale: float, sigma: float) 
 
 
 def train_mapper(row, train, holdout, class_features, scale: float, seed: int) -> Mapper:
-    """The mapper after the epoch with the lowest loss, without noise, on the source hold-out.
-
-    Args: train, holdout: source images as in the batch of `mapper_loss`.
-    """
+    """The mapper of the epoch with the lowest noise-free loss on the hold-out. train, holdout: see `mapper_loss`."""
     torch.manual_seed(seed)
     mapper, best, kept = Mapper(train[0].shape[1], row.hidden).to(train[0].device), float("inf"), None
     optimizer = torch.optim.AdamW(mapper.parameters(), lr=row.mapper_lr, weight_decay=row.weight_decay)
@@ -228,27 +214,22 @@ def train_mapper(row, train, holdout, class_features, scale: float, seed: int) -
     return mapper.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Step 2: what learns from the features
-# ---------------------------------------------------------------------------------------------------
-
-
 def make_classifier(row, clip: Clip, class_names, class_features, sets):
     """The start of a fine-tuning method: its parameters, and a function from features (B, D) to logits (B, C).
 
         probe          s (f W^T + b), from the class features, or from random directions
         adapter        s normalise(0.8 f + 0.2 A(f)) T^T, A with a bottleneck of D / 4 (CLIP-Adapter, Gao et al. 2024)
         coop           s f T(v)^T, class features T of learned words v (Zhou et al. 2022)
-        tip-adapter    s f T^T + exp(-5.5 (1 - f K^T)) Y, learned keys K, their labels Y (Tip-Adapter-F, Zhang et al. 2022);
-                       K starts as all features, and Y weighs them as 16 per class would
+        tip-adapter    s f T^T + exp(-5.5 (1 - f K^T)) Y, keys K that start as all features, their labels Y, which weigh
+                       as much as 16 per class (Tip-Adapter-F, Zhang et al. 2022)
 
     Args: class_features T (C, D); sets: (features, labels) of the source and of every synthesised domain. s = 1 / tau.
     """
     s, T = clip.scale, class_features
     if row.finetune == "adapter":
         D = T.shape[1]
-        sizes = (nn.Linear(D, D // 4, bias=False), nn.ReLU(), nn.Linear(D // 4, D, bias=False), nn.ReLU())
-        layers = nn.Sequential(*sizes).to(T.device)
+        down, up = (nn.Linear(*sizes, bias=False, device=T.device) for sizes in ((D, D // 4), (D // 4, D)))
+        layers = nn.Sequential(down, nn.ReLU(), up, nn.ReLU())
         return layers.parameters(), lambda f: s * F.normalize(0.8 * f + 0.2 * layers(f), dim=-1) @ T.T
     if row.finetune == "coop":
         prompts = common.CoOp(clip.model, clip.tokenizer, class_names, device=T.device)
@@ -263,7 +244,7 @@ def make_classifier(row, clip: Clip, class_names, class_features, sets):
 
 
 def fine_tune(row, clip: Clip, class_names, class_features, sets, seed: int):
-    """Cross-entropy on original and synthesised features, L_con. Returns a function from features (B, D) to logits (B, C).
+    """Cross-entropy on original and synthesised features, L_con. Returns a function: features (B, D) -> logits (B, C).
 
     A step sees --batch-size source features and the same share of the others: rows of a table take equally many steps.
     """
@@ -319,9 +300,8 @@ class Clip:
     def __init__(self, args):
         self.model, self.preprocess, self.tokenizer = common.load_clip(args.model, args.pretrained, args.device)
         self.scale, self.args = self.model.logit_scale.exp().item(), args  # 1 / tau
-        code = [Path(__file__), Path(common.__file__), WORDS, open_clip.__version__, torch.__version__]
-        use = self.preprocess, args.precision, args.device.type
-        self.identity = digest(*code, *use, *self.model.state_dict().values())
+        code = Path(__file__), Path(common.__file__), WORDS, open_clip.__version__, torch.__version__
+        self.identity = digest(*code, self.preprocess, args.precision, args.device, *self.model.state_dict().values())
 
     def kept(self, what: str, parts, compute):
         """`compute()`, or what it gave before for the same parts, model and code."""
@@ -343,9 +323,8 @@ class Clip:
     def look(self, images: common.ImageSet) -> Seen:
         """The one place where images are read."""
         args, images = self.args, replace(images, transform=self.preprocess)
-        drawn = isinstance(images.images, torch.Tensor)
         try:
-            identity = digest(images.images) if drawn else digest(*map(Path, images.images))
+            identity = digest(*([images.images] if torch.is_tensor(images.images) else map(Path, images.images)))
         except OSError as error:
             raise common.InputError(f"cannot read image {error.filename} ({error.strerror})") from None
         encode = common.image_encoder(self.model.visual, args.device, args.precision)
@@ -355,15 +334,12 @@ class Clip:
 
 
 # how a caption begins before it says what is in the image: "A black and white photo of a"
-OPENING = re.compile(r"((there (is|are) )?((an?|the) )?([\w-]+ ){0,3}?(photo|photograph|picture|image|painting|sketch|drawing|"
-                     r"cartoon|illustration|clipart) (of|with) )?((an?|the) )?", re.IGNORECASE)  # fmt: skip
+OPENING = re.compile(r"^((there (is|are) )?((an?|the) )?([\w-]+ ){0,3}?(photo|photograph|picture|image|painting|sketch|"
+                     r"drawing|cartoon|illustration|clipart) (of|with) )?((an?|the) )?", re.IGNORECASE)  # fmt: skip
 
 
 def subjects(row, clip: Clip, seen: Seen, origin: str) -> list[str]:
-    """What is in each image, as a description takes it: "red dog on grass". origin: the description of its domain.
-
-    Raises: InputError for a caption that names nothing.
-    """
+    """What is in each image, as a description takes it: "red dog on grass". origin: the description of its domain."""
     names = [name.replace("_", " ") for name in seen.images.classes]
     if row.captioner == "template":
         return [names[label] for label in seen.labels]
@@ -375,11 +351,11 @@ def subjects(row, clip: Clip, seen: Seen, origin: str) -> list[str]:
     else:
         parts = ["coca", seen.identity, *(Path(part) if Path(part).is_file() else part for part in row.coca)]
         captions = clip.kept("captions", parts, lambda: coca_captions(row, seen.images))
-    found = [OPENING.sub("", caption.strip(" .\n") + " ", 1).strip() for caption in captions]
+    found = [OPENING.sub("", caption.strip(" .\n") + " ").strip() for caption in captions]
     if "" in found:
         i = found.index("")
-        raise common.InputError(f"--captioner {row.captioner} says {captions[i]!r} of image {i} ({seen.images.images[i]}), which "
-                                "names nothing; mend the caption, or use --captioner retrieval")  # fmt: skip
+        raise common.InputError(f"--captioner {row.captioner} says {captions[i]!r} of image {i} ({seen.images.images[i]}), "
+                                "which names nothing; mend it, or use --captioner retrieval")  # fmt: skip
     return found
 
 
@@ -390,8 +366,9 @@ def retrieve_captions(row, clip: Clip, seen: Seen, names, origin: str) -> list[s
     for group, phrases in bank.items():
         if group == "place" and "waterbirds" in row.dataset:  # there the place is the domain
             continue
-        texts = clip.encode_texts([origin.format(phrase.format(name)) for name in names for phrase in phrases])
-        texts, nearest = texts.view(len(names), len(phrases), -1), torch.empty_like(seen.labels)  # (C, P, D), (N,)
+        texts = [origin.replace("{}", phrase.format(name)) for name in names for phrase in phrases]
+        texts = clip.encode_texts(texts).view(len(names), len(phrases), -1)  # (C, P, D)
+        nearest = torch.empty_like(seen.labels)
         for label in seen.labels.unique():
             own = seen.labels == label
             nearest[own] = (seen.features[own] @ texts[label].T).argmax(1)
@@ -401,16 +378,16 @@ def retrieve_captions(row, clip: Clip, seen: Seen, names, origin: str) -> list[s
 
 def read_captions(row, images: common.ImageSet) -> list[str]:
     """The captions of --caption-file, in the order of the images."""
-    if isinstance(images.images, torch.Tensor):
+    if torch.is_tensor(images.images):
         raise common.InputError(f"--captioner file needs images in files; those of {row.dataset} are drawn in memory")
     root = row.dataset.removeprefix("folder:") if row.dataset.startswith("folder:") else row.data_root
-    paths = [Path(os.path.relpath(image, root)).as_posix() for image in images.images]
+    paths = [Path(image).relative_to(root).as_posix() for image in images.images]
     try:
         captions = dict(json.loads(row.caption_file.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise common.InputError(f"cannot read --caption-file {row.caption_file}, JSON {{path: caption}}: {error}") from None
+        raise common.InputError(f"no JSON {{path: caption}} in --caption-file {row.caption_file}: {error}") from None
     if absent := [path for path in paths if path not in captions]:
-        raise common.InputError(f"--caption-file {row.caption_file} lacks {len(absent)} of {len(paths)} images, the first is "
+        raise common.InputError(f"--caption-file {row.caption_file} lacks {len(absent)} of {len(paths)} images, first "
                                 f"{absent[0]!r} (a path below {root})")  # fmt: skip
     return [str(captions[path]) for path in paths]
 
@@ -429,20 +406,20 @@ def greedy_captions(model, images, start: int, end: int, length: int = 30) -> to
     """Word after word the one that CoCa finds likeliest: tokens (B, length), `start`, words, then `end` to the end."""
     latent, tokens = model._encode_image(images)
     text = torch.full((len(images), 1), start, device=images.device)
-    while text.shape[1] < length - 1:
+    while text.shape[1] < length - 1 and (text[:, -1] != end).any():
         logits = model(images, text, image_latent=latent, image_embs=tokens, output_labels=False)["logits"]  # (B, t, V)
         word = torch.where(text[:, -1] == end, end, logits[:, -1].argmax(1))
         text = torch.cat([text, word[:, None]], 1)
-    return F.pad(text, (0, 1), value=end)
+    return F.pad(text, (0, length - text.shape[1]), value=end)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Tests and figures. `made` is {target: (features (n, D), labels (n,), their places (n,) among the training images)}
+# Tests and figures. made: {target: (features (n, D), labels (n,), places (n,) of their source images)}
 # ---------------------------------------------------------------------------------------------------
 
 
 def test(classify, holdout: Seen, source: Seen, targets: dict[str, Seen]) -> dict[str, float]:
-    """Accuracy on the source's hold-out, the source, the targets' mean, the mean of both, and every target, in [0, 1]."""
+    """Accuracy on the source's hold-out, the source, the targets' mean, the mean of both, every target; in [0, 1]."""
     with torch.no_grad():
         accuracy = lambda seen: (classify(seen.features).argmax(1) == seen.labels).double().mean().item()  # noqa: E731
         each, known = {name: accuracy(seen) for name, seen in targets.items()}, accuracy(source)
@@ -462,7 +439,7 @@ def judge(made: dict, train: Seen, source: Seen, targets: dict[str, Seen]) -> di
     found, every = [], {"": source, **targets}
     pool, pool_labels = (torch.cat([getattr(seen, part) for seen in every.values()]) for part in ("features", "labels"))
     domains = torch.cat([torch.full_like(seen.labels, i) for i, seen in enumerate(every.values())])
-    pairs = lambda x, y: [torch.pdist(x[y == c][:1000]).mean().item() for c in y.unique() if (y == c).sum() > 1]  # noqa: E731
+    pairs = lambda x, y: [torch.pdist(x[y == c][:999]).mean().cpu() for c in y.unique() if (y == c).sum() > 1]  # noqa: E731
     nearest = lambda x, to: torch.cat([(some @ to.T).argmax(1) for some in x.split(1024)])  # noqa: E731
     for name, (features, labels, rows) in made.items():
         real, move = targets[name], features - train.features[rows]
@@ -481,10 +458,8 @@ def judge(made: dict, train: Seen, source: Seen, targets: dict[str, Seen]) -> di
 
 
 def plot_neighbours(train: Seen, made: dict[str, dict], targets: dict[str, Seen], path: Path, columns=12) -> None:
-    """Figure 4: source images, and below them the real target images nearest to what {row: made} made of them.
-
-    Red frame: wrong class. Blue frame, or blue sides of a red one: the same image as in a column before.
-    """
+    """Figure 4: source images, and below them the real target images nearest to what {row: made} made of them. Frames:
+    red, wrong class; blue, or blue sides of a red one, the same image as in a column before."""
     lines = [(row, name) for name in targets for row in made]
     figure, axes = plt.subplots(1 + len(lines), columns, figsize=(columns, 1.7 + len(lines)), layout="constrained")
     for (row, name), line in zip(lines, axes[1:]):
@@ -557,8 +532,8 @@ def make_task(args, source: str, images: common.ImageSet, index: int, balanced, 
     held_out, rest = (images.subset(rows) for rows in common.domain_split(len(images), index))
     for label, name in enumerate(images.classes):
         if not (rest.labels == label).any() or not len(held_out):
-            raise common.InputError(f"source {source!r} ({len(images)} images) has no image of class {name!r} to train on once "
-                                    "20 % are held out")  # fmt: skip
+            raise common.InputError(f"source {source!r} ({len(images)} images) has none of class {name!r} to train on, "
+                                    "or none to hold out")  # fmt: skip
     for name in [name for target in targets for name in target[:2] if common.slug(name) not in args.descriptions]:
         raise common.InputError(f'no words describe domain {name!r}; add --descriptions "{name}=a ... of a {{}}"')
     words = lambda name: args.descriptions[common.slug(name)]  # noqa: E731
@@ -579,13 +554,14 @@ def load_tasks(args, seed: int) -> list[Task]:
         targets = [(d.name, source, [*range(len(d.images.classes))], d.balanced or d.images)
                    for d in domains if d.name in chosen and d.name != source]  # fmt: skip
         index = names.index(source)
-        tasks.append(make_task(args, source, domains[index].images, index, domains[index].balanced, targets))
+        if targets:  # none if --source all meets the only one of --targets
+            tasks.append(make_task(args, source, domains[index].images, index, domains[index].balanced, targets))
     return tasks
 
 
 def waterbirds(args, seed: int) -> Task:
-    """Source: training birds in their usual place. Targets: landbirds on water and waterbirds on land, each made from the
-    source's birds of its kind."""
+    """Source: training birds in their usual place. Targets: landbirds on water and waterbirds on land, made from the
+    source's birds of the same kind."""
     tiny = args.dataset.startswith("tiny-")
     parts = common.load_tiny_waterbirds(seed, args.cue) if tiny else common.load_waterbirds(args.data_root)
     group = lambda part, *groups: parts[part].subset(np.flatnonzero(np.isin(parts[part].groups, groups)))  # noqa: E731
@@ -596,11 +572,12 @@ def waterbirds(args, seed: int) -> Task:
 
 
 def synthesise(row, clip: Clip, target: Target, train: Seen, holdout: Seen, class_features, seed: int):
-    """Step 1: features (n, D) of a target domain, their labels (n,), and the training images (n,) they were made from."""
+    """Step 1: features (n, D) of a target domain, their labels (n,), and the training images (n,) they come from."""
     parts = []  # of hold-out and training images: features, labels, text_source, text_target
     for seen in (holdout, train):
         said = subjects(row, clip, seen, target.origin)
-        texts = [clip.encode_texts([words.format(x) for x in said]) for words in (target.origin, target.description)]
+        words = target.origin, target.description
+        texts = [clip.encode_texts([about.replace("{}", x) for x in said]) for about in words]  # (N, D) each
         rows = torch.isin(seen.labels.cpu(), torch.tensor(target.labels)).nonzero()[:, 0]
         parts.append([x[rows] for x in (seen.features, seen.labels, *texts)])
     features, labels, text_source, text_target = parts[1]
@@ -610,27 +587,24 @@ def synthesise(row, clip: Clip, target: Target, train: Seen, holdout: Seen, clas
 
 
 def run(args, clip: Clip, task: Task, seed: int) -> dict:
-    """Train and test every row for one source and seed, and write a folder.
-
-    Returns: {"modes": {row: {measure: accuracy}}, "synthesised": {row: {measure: value}}}.
-    """
+    """Train and test every row for one source and seed, and write a folder. Returns: {"source", "seed",
+    "modes": {row: {measure: accuracy}}, "synthesised": {row: {measure: value}}}."""
     name = "-".join(map(common.slug, [args.dataset, task.source, f"seed{seed}"]))
     with common.run_folder(args.output / "ldfs" / (args.study or "") / name) as folder:
         train, holdout = clip.look(task.train), clip.look(task.holdout)
-        classes = train.images.classes
-        zero_shot = common.class_features(clip.model, clip.tokenizer, classes, args.templates, args.device)
+        zero_shot = common.class_features(clip.model, clip.tokenizer, train.images.classes, args.templates, args.device)
         synthesised, learnt = {}, {}  # rows that differ in step 2 only share step 1
-        for name, row in table_rows(args).items():
+        for name, changes in STUDIES.get(args.study, ROWS).items():
+            row, name = argparse.Namespace(**{**vars(args), **changes}), name.replace("{}", args.finetune)
             step_1 = row.direction, row.captioner, row.sigma, row.pairwise, row.consistency, row.reach
             if step_1 not in synthesised:
                 synthesised[step_1] = {target.name: synthesise(row, clip, target, train, holdout, zero_shot, seed)
                                        for target in task.targets if row.direction != "none"}  # fmt: skip
             sets = [(train.features, train.labels), *(own[:2] for own in synthesised[step_1].values())]
-            learnt[name] = fine_tune(row, clip, classes, zero_shot, sets, seed), synthesised[step_1]
+            learnt[name] = fine_tune(row, clip, train.images.classes, zero_shot, sets, seed), synthesised[step_1]
 
         # everything is learnt: now images of the targets are read
-        targets = {target.name: clip.look(target.images) for target in task.targets}
-        source = clip.look(task.test)
+        source, targets = clip.look(task.test), {target.name: clip.look(target.images) for target in task.targets}
         made = {name: own for name, (_, own) in learnt.items() if own}
         result = {"modes": {name: test(classify, holdout, source, targets) for name, (classify, _) in learnt.items()},
                   "synthesised": {name: judge(own, train, source, targets) for name, own in made.items()}}  # fmt: skip
@@ -644,14 +618,14 @@ def run(args, clip: Clip, task: Task, seed: int) -> dict:
 
 
 def tables(dataset: str, runs: list[dict]) -> list[str]:
-    """Accuracies, and what the synthesised features are like; of several sources also the target's, source by source."""
+    """Accuracies and the synthesised features' measures; of several sources also target accuracy, source by source."""
     several, made = len({run["source"] for run in runs}) > 1, [{**run, "modes": run["synthesised"]} for run in runs]
-    means = [{**run, "modes": {name: dict([*row.items()][: 4 if several else None]) for name, row in run["modes"].items()}}
-             for run in runs]  # fmt: skip
+    shown = 4 if several else None  # without the single targets
+    means = [{**r, "modes": {name: dict([*row.items()][:shown]) for name, row in r["modes"].items()}} for r in runs]
     found = [common.measures_table(f"{dataset}, %", means), common.measures_table("synthesised features, %", made)]
-    rows, by_source = [*runs[0]["modes"]], [{**run, "target": run["source"]} for run in runs]
-    title = "target accuracy by source, %"
-    return found + ([common.summary_table(title, rows, by_source, lambda row: row["target"])] if several else [])
+    title, by_source = "target accuracy by source, %", [{**run, "target": run["source"]} for run in runs]
+    by_source = common.summary_table(title, [*runs[0]["modes"]], by_source, lambda row: row["target"])
+    return [*found, by_source] if several else found
 
 
 def main():
@@ -662,8 +636,8 @@ def main():
             tasks = load_tasks(args, seed)
         clip = clip or Clip(args)  # after the data: a missing data set is said before weights are fetched
         for task in tasks:
-            sizes, names = f"{len(task.train)} images, {len(task.holdout)} held out", [target.name for target in task.targets]
-            print(f"seed {seed}, source {task.source} ({sizes}), targets {', '.join(names)}", flush=True)
+            sizes = f"{len(task.train)} images to train on, {len(task.holdout)} held out"
+            print(f"seed {seed}, source {task.source}: {sizes}", flush=True)
             runs.append(run(args, clip, task, seed))
             print("\n" + "\n\n".join(tables(args.dataset, runs[-1:])) + "\n", flush=True)
     if len(runs) > 1:
