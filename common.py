@@ -106,12 +106,11 @@ class ImageSet(Dataset):
 
 @dataclass
 class Domain:
-    """One domain of a benchmark. A tiny one has a training part and a balanced one, domainnet-mini has a train and a test list;
-    the others are one set and `balanced` is None."""
+    """One domain of a benchmark: a training and a balanced part (tiny), a train and a test list (domainnet-mini), or one set."""
 
     name: str
     images: ImageSet  # to train on while the domain is a source; in a tiny domain the background goes with the class
-    balanced: ImageSet | None = None  # what accuracies are reported on; tiny: the background is independent of the class
+    balanced: ImageSet | None = None  # to report on; tiny: the background is independent of the class. None where there is one set
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,7 @@ BENCHMARKS = {
     "terra": Benchmark("terra_incognita", ("location_100", "location_38", "location_43", "location_46"), DOMAINBED),
     "domainnet": Benchmark("domain_net", ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
                            "ai.bu.edu/M3SDA, the cleaned archives", "tiny-office"),
-    "domainnet-mini": Benchmark("domain_net", ("clipart", "painting", "real", "sketch"),
-                                "ai.bu.edu/M3SDA; the lists <domain>_{train,test}_mini.txt of its 40 classes from SENTRY", "tiny-office"),
+    "domainnet-mini": Benchmark("domain_net", ("clipart", "painting", "real", "sketch"), "ai.bu.edu/M3SDA; the lists: SENTRY's code", "tiny-office"),
     "cub-paintings": Benchmark(".", ("painting", "photo"), "CUB_200_2011/ from Caltech and CUB-200-Painting/ from thuml/PAN"),
 }  # fmt: skip
 # classes, images per class in the cued training part and in the balanced part (a multiple of the 8 backgrounds) of a domain
@@ -206,13 +204,13 @@ def read_mini(path: Path, domains: tuple[str, ...]) -> list[Domain]:
         try:
             lines = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
             names |= {int(label): Path(image).parent.name for image, label in lines}
-            absent = [path / image for image, _ in lines if not (path / image).is_file()]
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {file} ({error}); expected lines `<domain>/<class>/<image> label`") from None
+        absent = [image for image, _ in lines if not (path / image).is_file()]
         if absent or not lines:
-            raise InputError(f"{len(absent)} of the {len(lines)} images that {file} lists are missing {absent[:1]}")
+            raise InputError(f"{len(absent)} of the {len(lines)} images that {file} lists are not in {path}: {', '.join(absent[:1])}")
         lists[file.stem] = np.array([str(path / image) for image, _ in lines]), torch.tensor([int(label) for _, label in lines])
-    classes = tuple(names[label] for label in sorted(names))
+    classes = tuple(names.get(label, f"number {label}") for label in range(max(names) + 1))
     return [Domain(domain, *(ImageSet(*lists[f"{domain}_{part}_mini"], classes) for part in ("train", "test"))) for domain in domains]
 
 

@@ -353,9 +353,9 @@ def subjects(row, clip: Clip, seen: Seen, origin: str) -> list[str]:
         captions = clip.kept("captions", parts, lambda: coca_captions(row, seen.images))
     found = [OPENING.sub("", caption.strip(" .\n") + " ").strip() for caption in captions]
     if "" in found:
-        i = found.index("")
-        raise common.InputError(f"--captioner {row.captioner} says {captions[i]!r} of image {i} ({seen.images.images[i]}), "
-                                "which names nothing; mend it, or use --captioner retrieval")  # fmt: skip
+        caption, image = captions[found.index("")], seen.images.images[found.index("")]
+        raise common.InputError(f"--captioner {row.captioner} says {caption!r} of {image}: it names nothing; mend the "
+                                "caption, or use --captioner retrieval")  # fmt: skip
     return found
 
 
