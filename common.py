@@ -202,30 +202,28 @@ def read_mini(path: Path, domains: tuple[str, ...]) -> list[Domain]:
     names, lists = {}, {}
     for file in [path / f"{domain}_{part}_mini.txt" for domain in domains for part in ("train", "test")]:
         try:
-            lines = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
-            names |= {int(label): Path(image).parent.name for image, label in lines}
+            images, labels = zip(*(line.rsplit(" ", 1) for line in file.read_text().splitlines()))
+            lists[file.stem] = np.array([str(path / image) for image in images]), torch.tensor([int(label) for label in labels])
+            [(path / image).stat() for image in images]  # each is there
         except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {file} ({error}); expected lines `<domain>/<class>/<image> label`") from None
-        absent = [image for image, _ in lines if not (path / image).is_file()]
-        if absent or not lines:
-            raise InputError(f"{len(absent)} of the {len(lines)} images that {file} lists are not in {path}: {', '.join(absent[:1])}")
-        lists[file.stem] = np.array([str(path / image) for image, _ in lines]), torch.tensor([int(label) for _, label in lines])
+            raise InputError(f"cannot read {file} ({error}); expected lines `<domain>/<class>/<image> label` of images that are there") from None
+        names |= {int(label): Path(image).parent.name for image, label in zip(images, labels)}
     classes = tuple(names.get(label, f"number {label}") for label in range(max(names) + 1))
     return [Domain(domain, *(ImageSet(*lists[f"{domain}_{part}_mini"], classes) for part in ("train", "test"))) for domain in domains]
 
 
 def read_cub(path: Path, domains: tuple[str, ...]) -> list[Domain]:
-    """CUB's paintings and photos. A class folder is called `001.Black_footed_Albatross`: the number is its identity, the rest its
-    name, which the two releases spell with other capitals."""
+    """CUB's paintings and photos. The number of a class folder `001.Black_footed_Albatross` is its identity; names differ in capitals."""
     folders = [path / "CUB-200-Painting", path / "CUB_200_2011" / "images"]
     if not all(folder.is_dir() for folder in folders):
-        raise missing("cub-paintings", path, f"{folders[0]}/<class>/<image> and {folders[1]}/<class>/<image>", BENCHMARKS["cub-paintings"].source, path, "tiny-pacs")
+        layout = f"{folders[0]}/<class>/<image> and {folders[1]}/<class>/<image>"
+        raise missing("cub-paintings", path, layout, BENCHMARKS["cub-paintings"].source, path, "tiny-pacs")
     sets = [ImageFolder(folder, allow_empty=True) for folder in folders]
-    numbers = [[name.split(".")[0] for name in images.classes] for images in sets]
+    numbers = [{name.split(".")[0] for name in images.classes} for images in sets]
     if numbers[0] != numbers[1]:
-        raise InputError(f"the class folders of {folders[0]} and {folders[1]} have different numbers: {sorted({*numbers[0]} ^ {*numbers[1]})}")
-    classes = tuple(name.split(".", 1)[-1] for name in sets[1].classes)
-    return [Domain(domain, ImageSet(np.array([file for file, _ in images.samples]), torch.tensor(images.targets), classes)) for domain, images in zip(domains, sets)]
+        raise InputError(f"the class folders of {folders[0]} and {folders[1]} have different numbers: {sorted(numbers[0] ^ numbers[1])}")
+    names = tuple(name.split(".", 1)[-1] for name in sets[1].classes)
+    return [Domain(domain, ImageSet(np.array([file for file, _ in own.samples]), torch.tensor(own.targets), names)) for domain, own in zip(domains, sets)]
 
 
 def read_image(path: str) -> Image.Image:
