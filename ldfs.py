@@ -460,24 +460,24 @@ def judge(made: dict, train: Seen, source: Seen, targets: dict[str, Seen]) -> di
 def plot_neighbours(train: Seen, made: dict[str, dict], targets: dict[str, Seen], path: Path, columns=12) -> None:
     """Figure 4: source images, and below them the real target images nearest to what {row: made} made of them. Frames:
     red, wrong class; blue, or blue sides of a red one, the same image as in a column before."""
-    lines = [(row, name) for name in targets for row in made]
-    figure, axes = plt.subplots(1 + len(lines), columns, figsize=(columns, 1.7 + len(lines)), layout="constrained")
-    for (row, name), line in zip(lines, axes[1:]):
-        (features, labels, rows), real, before = made[row][name], targets[name], set()
+    lines = [(row, name) for name in targets for row in ("source", *made)]
+    figure, axes = plt.subplots(len(lines), columns, figsize=(columns, 1.08 * len(lines) + 0.5), layout="constrained")
+    for (row, name), line in zip(lines, axes):
+        (features, labels, rows), real, before = made.get(row, [*made.values()][0])[name], targets[name], set()
         order = labels.argsort(stable=True)[np.linspace(0, len(labels) - 1, columns).astype(int)]
-        for i, source, cell in zip(order, axes[0], line):
+        for i, cell in zip(order, line):
             j = (real.features @ features[i]).argmax().item()
-            for panel, images, k in ((source, train.images, rows[i].item()), (cell, real.images, j)):
-                image = images.images[k]
-                panel.imshow(common.read_image(image) if isinstance(image, str) else image.permute(1, 2, 0).numpy())
-                panel.set(xticks=[], yticks=[])
-            source.set_title(train.images.classes[labels[i]].replace("_", " "), fontsize=8)
-            wrong = real.labels[j] != labels[i]
-            cell.spines[:].set(color="tab:red" if wrong else "tab:blue" if j in before else "none", linewidth=4)
-            cell.spines[["left", "right"]].set_color("tab:blue" if j in before else "tab:red" if wrong else "none")
+            images, k = (train.images, rows[i].item()) if row == "source" else (real.images, j)
+            image = images.images[k]
+            cell.imshow(common.read_image(image) if isinstance(image, str) else image.permute(1, 2, 0).numpy())
+            cell.set(xticks=[], yticks=[])
+            wrong, again = real.labels[j] != labels[i] and row in made, j in before and row in made
+            cell.spines[:].set(color="tab:red" if wrong else "tab:blue" if again else "none", linewidth=4)
+            cell.spines[["left", "right"]].set_color("tab:blue" if again else "tab:red" if wrong else "none")
             before.add(j)
-        line[0].set_ylabel(f"{row.split(' + ')[-1]}\n{name.replace('_', ' ')}", fontsize=8)
-    axes[0, 0].set_ylabel("source", fontsize=8)
+            if row == "source":
+                cell.set_title(train.images.classes[labels[i]].replace("_", " "), fontsize=8)
+        line[0].set_ylabel(f"{row.split(' + ')[-1]}\n{name.replace('_', ' ') if row in made else ''}", fontsize=8)
     figure.suptitle("nearest real target images of synthesised features; red: wrong class, blue: repeated", fontsize=10)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -580,6 +580,30 @@ def test_measures_of_synthesised_features():
     assert found["to real shift"] == pytest.approx(0.5)  # class a moves at 60 degrees to its shift, so does b
 
 
+def test_neighbours_of_each_target_stand_below_their_own_source_images(monkeypatch, tmp_path):
+    """Image k is k + 1 bright; a feature made for target t from source image k lies at real image k of t (one: elsewhere)."""
+    shown, own = [], ldfs.plt.Axes.imshow
+    bright = lambda start: common.ImageSet(  # noqa: E731
+        (torch.arange(4) + start).to(torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2),
+        torch.tensor([0, 0, 1, 1]),
+        ("a", "b"),
+    )
+    seen = lambda start: ldfs.Seen(bright(start), "", torch.eye(4), torch.tensor([0, 0, 1, 1]))  # noqa: E731
+    targets = {"t": seen(100), "u": seen(200)}
+    labels = torch.tensor([0, 0, 1, 1])
+    made = {"t": (torch.eye(4)[[0, 0]], labels[:2], torch.tensor([0, 1]))}
+    made |= {"u": (torch.eye(4)[[2, 1]], labels[2:], torch.tensor([2, 3]))}
+    monkeypatch.setattr(
+        ldfs.plt.Axes, "imshow", lambda axes, x: (shown.append((int(x[0, 0, 0]), axes)), own(axes, x))[1]
+    )
+    monkeypatch.setattr(ldfs.plt, "close", lambda figure: None)
+    ldfs.plot_neighbours(seen(0), {"probe + LDFS": made}, targets, tmp_path / "n.png", columns=2)
+    assert [value for value, _ in shown] == [0, 1, 100, 100, 2, 3, 202, 201]
+    frames = [axes.spines["top"].get_edgecolor() for _, axes in shown]
+    red, blue, none = (ldfs.matplotlib.colors.to_rgba(color) for color in ("tab:red", "tab:blue", "none"))
+    assert frames == [none, none, none, blue, none, none, none, red]
+
+
 # ---------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------
@@ -868,3 +892,86 @@ def test_real_architecture_on_a_real_layout(checkout, pacs_tree, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(json.loads((checkout / "all.json").read_text())["runs"][0]["modes"]) == 15
+
+
+TABLES = [("", 0), ("", 2), ("losses", 0), ("losses", 1), ("captions", 0), ("finetune", 0), ("sigma", 0)]
+
+
+@pytest.mark.parametrize("study", ["", *ldfs.STUDIES])
+def test_readme_tables_are_the_committed_runs(root, study):
+    name = f"ldfs-{study}-tiny-pacs.json" if study else "ldfs-tiny-pacs.json"
+    committed = json.loads((root / "results" / name).read_text())
+    runs, now = committed["runs"], vars(flags(f"--study {study} --summary x.json" if study else ""))
+    assert {(run["source"], run["seed"]) for run in runs} == {
+        (s, seed) for s in common.TINY_DOMAINS for seed in range(5)
+    }
+    rows = ldfs.STUDIES[study] if study else ldfs.ROWS
+    assert all([*run["modes"]] == [row.replace("{}", "probe") for row in rows] for run in runs)
+    chosen = (
+        "direction",
+        "sigma",
+        "pairwise",
+        "consistency",
+        "reach",
+        "hidden",
+        "mapper_epochs",
+        "mapper_lr",
+        "captioner",
+    )
+    for setting in (
+        *chosen,
+        "batch_size",
+        "weight_decay",
+        "finetune",
+        "epochs",
+        "lr",
+        "cue",
+        "templates",
+        "descriptions",
+    ):
+        assert committed["settings"][setting] == now[setting], f"results were made with another {setting}"
+    readme, tables = (root / "README.md").read_text(), ldfs.tables("tiny-pacs", runs)
+    for i in [i for name, i in TABLES if name == study]:
+        assert f"```text\n{tables[i]}\n```" in readme
+
+
+def test_readme_table_of_waterbirds(root):
+    committed = json.loads((root / "results" / "ldfs-tiny-waterbirds.json").read_text())
+    assert [run["seed"] for run in committed["runs"]] == [0, 1, 2, 3, 4]
+    for setting in ("sigma", "pairwise", "consistency", "reach", "epochs", "lr", "cue"):
+        assert committed["settings"][setting] == vars(flags("--dataset tiny-waterbirds"))[setting]
+    table = ldfs.tables("tiny-waterbirds", committed["runs"])[0]
+    assert f"```text\n{table}\n```" in (root / "README.md").read_text()
+
+
+def test_readme_claims(root):
+    """What the README says in words about the numbers of its tables."""
+    runs = {
+        name: json.loads((root / "results" / f"ldfs-{name}tiny-pacs.json").read_text())["runs"]
+        for name in ("", "losses-")
+    }
+    mean = lambda name, row, measure: np.mean(common.seed_means(runs[name], row, measure))  # noqa: E731
+    assert mean("", "probe + LDFS", "target") - mean("", "probe", "target") == pytest.approx(0.036, abs=5e-4)
+    assert abs(mean("", "probe + LDFS", "source") - mean("", "probe", "source")) < 0.005
+    assert mean("", "probe + LADS", "target") > mean("", "zero-shot", "target")
+    more = mean("losses-", "probe + LDFS, consistency", "target") - mean("", "probe + LADS", "target")
+    assert abs(more) < 0.005
+    made = [{"seed": run["seed"], "modes": run["synthesised"]} for run in runs["losses-"]]
+    of = lambda row, measure: np.mean(common.seed_means(made, row, measure))  # noqa: E731
+    assert of("probe + local, noise", "spread") < of("probe + LDFS", "spread") - 0.15
+    assert of("probe + LDFS, consistency", "right class") > of("probe + LDFS", "right class") + 0.08
+
+
+def test_every_setting_of_help_has_a_default_and_the_words_a_place(root, capsys):
+    with pytest.raises(SystemExit):
+        flags("--help")
+    assert "our choice" in capsys.readouterr().out
+    words = json.loads((root / "assets" / "words.json").read_text())
+    for name, texts in words.items():
+        for text in texts.values() if name.startswith("descriptions") else sum(texts.values(), []):
+            assert text.count("{}") == 1, text
+    _, _, tokenizer = common.load_clip("tiny")
+    tiny = words["phrases of the tiny CLIP"]
+    tokenizer([phrase.format("dog") for group in tiny.values() for phrase in group])  # it knows every word
+    assert [text.split()[0] for text in tiny["color"]] == [*tiny_world.COLORS]
+    assert [text.split()[-1] for text in tiny["place"]] == [*tiny_world.BACKGROUNDS]
