@@ -66,9 +66,8 @@ def settings() -> argparse.Namespace:
     data("--source", help="domain with labelled images, or all, each in turn (default: photo; officehome Real World, "
          "domainnet and domainnet-mini sketch; waterbirds: always the birds in their usual place)")  # fmt: skip
     data("--targets", nargs="+", help="domains known by name; only the last test sees an image (default: all others)")
-    data("--descriptions", nargs="+", default=[], metavar="NAME=TEXT",
-         help="words for domains: 'sketch=a pencil sketch of a {}' (default: those in assets/words.json)")  # fmt: skip
-    data("--cue", type=float, help="tiny data: share of training images on their class's background (default: 0.4)")
+    data("--descriptions", nargs="+", default=[], metavar="NAME=TEXT", help="words for domains (default: assets/words.json)")
+    data("--cue", type=float, help="tiny data: share of images on their class's background (default: 0.4; birds 0.95)")
     data("--model", help="tiny, open_clip's name, hf-hub:... or local-dir:... (default: tiny for tiny data; ViT-B-16)")
     data("--pretrained", help="open_clip tag or checkpoint file (default: openai)")
     data("--templates", nargs="+", default=["a photo of a {}."], help="zero-shot prompts (default: %(default)s)")
@@ -76,14 +75,15 @@ def settings() -> argparse.Namespace:
     say("--captioner", choices=("retrieval", "template", "coca", "file"), default="retrieval", help="CLIP's nearest "
         "phrases, only the class, CoCa (a download), --caption-file (default: retrieval, our choice)")  # fmt: skip
     say("--caption-file", type=Path, help='JSON {"path below the data root": "caption"}')
-    say("--coca", nargs=2, default=["coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"], metavar=("NAME", "TAG"))
+    say("--coca", nargs=2, default=["coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"], metavar=("NAME", "TAG"),
+        help="captioning model: open_clip's name, and tag or file (default: %(default)s, our choice)")  # fmt: skip
     method = parser.add_argument_group("step 1: one mapper for each target").add_argument
     method("--direction", choices=("local", "global", "additive"), default="local", help="follow each caption's own "
            "direction or its class's, or add it without learning (default: local, published)")  # fmt: skip
     method("--sigma", type=float, help="noise on a coordinate of a text feature (default: 0.03, tiny 0.1; ours)")
     method("--pairwise", type=float, default=1.0, help="weight of the pairwise regularizer (default: 1, our choice)")
     method("--consistency", type=float, default=0.0, help="weight of LADS' class consistency (default: 0, published)")
-    method("--reach", type=float, default=1.0, help="least length of a move, in its caption's (default: 1, our choice)")
+    method("--reach", type=float, default=1.0, help="least length of a move, in lengths of its caption's (default: 1, ours)")
     method("--hidden", type=int, default=384, help="width of the mapper (default: 384, published for LADS)")
     method("--mapper-epochs", type=int, default=50, help="the best on the hold-out is kept (default: 50, as LADS)")
     method("--mapper-lr", type=float, default=1e-3, help="of AdamW (default: 1e-3, in LADS' range)")
