@@ -66,7 +66,7 @@ def settings() -> argparse.Namespace:
     data("--source", help="domain with labelled images, or all, each in turn (default: photo; officehome Real World, "
          "domainnet and domainnet-mini sketch; waterbirds: always the birds in their usual place)")  # fmt: skip
     data("--targets", nargs="+", help="domains known by name; only the last test sees an image (default: all others)")
-    data("--descriptions", nargs="+", default=[], metavar="NAME=TEXT", help="words for domains (default: assets/words.json)")
+    data("--descriptions", nargs="+", default=[], metavar="NAME=TEXT", help="words (default: assets/words.json)")
     data("--cue", type=float, help="tiny data: share of images on their class's background (default: 0.4; birds 0.95)")
     data("--model", help="tiny, open_clip's name, hf-hub:... or local-dir:... (default: tiny for tiny data; ViT-B-16)")
     data("--pretrained", help="open_clip tag or checkpoint file (default: openai)")
@@ -83,7 +83,7 @@ def settings() -> argparse.Namespace:
     method("--sigma", type=float, help="noise on a coordinate of a text feature (default: 0.03, tiny 0.1; ours)")
     method("--pairwise", type=float, default=1.0, help="weight of the pairwise regularizer (default: 1, our choice)")
     method("--consistency", type=float, default=0.0, help="weight of LADS' class consistency (default: 0, published)")
-    method("--reach", type=float, default=1.0, help="least length of a move, in lengths of its caption's (default: 1, ours)")
+    method("--reach", type=float, default=1.0, help="least move, in lengths of its caption's (default: 1, our choice)")
     method("--hidden", type=int, default=384, help="width of the mapper (default: 384, published for LADS)")
     method("--mapper-epochs", type=int, default=50, help="the best on the hold-out is kept (default: 50, as LADS)")
     method("--mapper-lr", type=float, default=1e-3, help="of AdamW (default: 1e-3, in LADS' range)")
