@@ -153,7 +153,6 @@ def trainings(modes: dict[str, Mode]) -> list[dict[str, Mode]]:
 
 
 # ---------- The method -----------------------------------------------------------------------------
-
 def class_distances(class_features: torch.Tensor) -> torch.Tensor:
     """D(T_a, T_b) = 1 - S(T_a, T_b), Eq. 4, of unit-norm class_features (C, D).
 
@@ -255,7 +254,6 @@ class BetaMovingAverage(nn.Module):
 
 
 # ---------- Three tasks ----------------------------------------------------------------------------
-
 def few_shot(images: common.ImageSet, shots: int, seed: int, none_ok: bool = False) -> common.ImageSet:
     """`shots` images of every class, drawn by `seed` without replacement; all of a class that has fewer (printed).
 
@@ -366,7 +364,6 @@ def make_task(args, data, target: str, seed: int, preprocess, augment) -> Task:
 
 
 # ---------- Training and testing -------------------------------------------------------------------
-
 def train(clip, task: Task, modes: dict[str, Mode], text, args, seed: int, state: dict | None = None):
     """Fine-tune a copy of CLIP's image tower with the one loss of `modes`; all their averages run along.
 
@@ -472,7 +469,6 @@ def test(model, mode: Mode, task: Task, features, args) -> dict:
 
 
 # ---------- Figures --------------------------------------------------------------------------------
-
 def plot_averages(steps: int, ema: float, beta: float, path: Path) -> None:
     """Figure 4: what every theta_t weighs in the final average, and how the share of theta_0 develops."""
     final, start, t = {}, {}, range(steps + 1)
@@ -549,7 +545,6 @@ def plot_images(images: common.ImageSet, scores: dict[str, torch.Tensor], scale:
 
 
 # ---------- Runs -----------------------------------------------------------------------------------
-
 def run(args, target: str, seed: int, task: Task, model, features) -> dict:
     """Train and test every mode for one target and seed, and write a folder. Returns {mode: {measure: accuracy}}."""
     free = ("output", "resume", "summary", "seeds", "target", "study", "device", "workers", "data_root")

@@ -63,8 +63,8 @@ from assets.tiny_world import (
     tiny_rng,
 )
 
-# ---------- 1. Data --------------------------------------------------------------------------------
 
+# ---------- 1. Data --------------------------------------------------------------------------------
 @dataclass
 class ImageSet(Dataset):
     """Labelled images, either uint8 pixels in memory or files that are read when asked for.
@@ -107,11 +107,11 @@ class ImageSet(Dataset):
 
 @dataclass
 class Domain:
-    """One domain of a benchmark. A tiny domain has two parts; a real one is one set and `balanced` is None."""
+    """One domain of a benchmark: a training and a balanced part (tiny), a train and a test list (domainnet-mini), or one set."""
 
     name: str
     images: ImageSet  # to train on while the domain is a source; in a tiny domain the background goes with the class
-    balanced: ImageSet | None = None  # background independent of the class: what tiny accuracies are reported on
+    balanced: ImageSet | None = None  # to report on; tiny: the background is independent of the class. None where there is one set
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ BENCHMARKS = {
     "terra": Benchmark("terra_incognita", ("location_100", "location_38", "location_43", "location_46"), DOMAINBED),
     "domainnet": Benchmark("domain_net", ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
                            "ai.bu.edu/M3SDA, the cleaned archives", "tiny-office"),
+    "domainnet-mini": Benchmark("domain_net", ("clipart", "painting", "real", "sketch"), "ai.bu.edu/M3SDA; the lists: SENTRY's code", "tiny-office"),
+    "cub-paintings": Benchmark(".", ("painting", "photo"), "CUB_200_2011/ from Caltech and CUB-200-Painting/ from thuml/PAN"),
 }  # fmt: skip
 # classes, images per class in the cued training part and in the balanced part (a multiple of the 8 backgrounds) of a domain
 TINY_BENCHMARKS = {"tiny-pacs": (PACS_CLASSES, 160, 80), "tiny-office": (OFFICE_CLASSES, 80, 40)}
@@ -162,7 +164,7 @@ def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float
         if not path.is_dir():
             layout = f"{path}/<domain>/<class>/<image>, domains {', '.join(benchmark.domains)}"
             raise missing(name, path, layout, benchmark.source, root, benchmark.stand_in)
-        return read_folders(path, benchmark.domains)
+        return {"domainnet-mini": read_mini, "cub-paintings": read_cub}.get(name, read_folders)(path, benchmark.domains)
     raise InputError(f"unknown data set {name!r}{did_you_mean(name, [*BENCHMARKS, *TINY_BENCHMARKS, *also])} "
                      f"Choose from {', '.join([*TINY_BENCHMARKS, *BENCHMARKS, *also])}, or folder:PATH.")  # fmt: skip
 
@@ -194,6 +196,35 @@ def read_folders(path: Path, domains: tuple[str, ...]) -> list[Domain]:
             if label not in filled:
                 raise InputError(f"domain {name!r} has no image of class {label!r}, which other domains have: {path / name / label} is missing or empty")
     return [Domain(name, ImageSet(np.array([file for file, _ in folder.samples]), torch.tensor(folder.targets), classes)) for name, folder in folders.items()]
+
+
+def read_mini(path: Path, domains: tuple[str, ...]) -> list[Domain]:
+    """DomainNet-mini: lists `<domain>_{train,test}_mini.txt` of `image label`; a class is called like the folder of its images."""
+    names, lists = {}, {}
+    for file in [path / f"{domain}_{part}_mini.txt" for domain in domains for part in ("train", "test")]:
+        try:
+            images, labels = zip(*(line.rsplit(" ", 1) for line in file.read_text().splitlines()))
+            lists[file.stem] = np.array([str(path / image) for image in images]), torch.tensor([int(label) for label in labels])
+            [(path / image).stat() for image in images]  # each is there
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {file} ({error}); expected lines `<domain>/<class>/<image> label` of images that are there") from None
+        names |= {int(label): Path(image).parent.name for image, label in zip(images, labels)}
+    classes = tuple(names.get(label, f"number {label}") for label in range(max(names) + 1))
+    return [Domain(domain, *(ImageSet(*lists[f"{domain}_{part}_mini"], classes) for part in ("train", "test"))) for domain in domains]
+
+
+def read_cub(path: Path, domains: tuple[str, ...]) -> list[Domain]:
+    """CUB's paintings and photos. The number of a class folder `001.Black_footed_Albatross` is its identity; names differ in capitals."""
+    folders = [path / "CUB-200-Painting", path / "CUB_200_2011" / "images"]
+    if not all(folder.is_dir() for folder in folders):
+        layout = f"{folders[0]}/<class>/<image> and {folders[1]}/<class>/<image>"
+        raise missing("cub-paintings", path, layout, BENCHMARKS["cub-paintings"].source, path, "tiny-pacs")
+    sets = [ImageFolder(folder, allow_empty=True) for folder in folders]
+    numbers = [{name.split(".")[0] for name in images.classes} for images in sets]
+    if numbers[0] != numbers[1]:
+        raise InputError(f"the class folders of {folders[0]} and {folders[1]} have different numbers: {sorted(numbers[0] ^ numbers[1])}")
+    names = tuple(name.split(".", 1)[-1] for name in sets[1].classes)
+    return [Domain(domain, ImageSet(np.array([file for file, _ in own.samples]), torch.tensor(own.targets), names)) for domain, own in zip(domains, sets)]
 
 
 def read_image(path: str) -> Image.Image:
@@ -439,7 +470,6 @@ def source_batches(sets: dict[str, ImageSet], per_domain: int, seed: int, worker
 
 
 # ---------- 2. CLIP --------------------------------------------------------------------------------
-
 TINY_CLIP = Path(__file__).with_name("assets") / "tiny_clip.safetensors"  # made by assets/pretrain_tiny_clip.py
 def image_transform(model, train: bool = False):
     """The model's own preprocessing (open_clip's, written with transforms that take PIL images and uint8 batches alike).
@@ -607,7 +637,6 @@ def export_clip(model, folder: str | Path, features: torch.Tensor, class_names, 
 
 
 # ---------- 3. MMD ---------------------------------------------------------------------------------
-
 def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
     """Squared maximum mean discrepancy between samples x (n, D) and y (m, D), the biased estimator.
 
@@ -637,7 +666,6 @@ def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
 
 
 # ---------- 4. Evaluation --------------------------------------------------------------------------
-
 def image_encoder(visual, device, precision: str = "fp32") -> Callable:
     """images (B, 3, h, w) -> unit-norm features (B, D) in float32."""
     def encode(images):
@@ -692,7 +720,6 @@ def checkpoint_accuracies(history: list[dict]) -> dict[str, float]:
 
 
 # ---------- 5. Runs --------------------------------------------------------------------------------
-
 def common_flags(description: str) -> argparse.ArgumentParser:
     """The flags that all methods on CLIP have. Every method adds its own group."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -752,8 +779,8 @@ def did_you_mean(wrong: str, names) -> str:
     return f" (did you mean {names[close[0]]!r}?)." if close else "."
 
 
-def choose_targets(text: str, names: list[str]) -> list[str]:
-    """Domains meant by --target: a name in any case (spaces, `_` and `-` alike), its start, L100 for location_100, a number, `all`.
+def choose_targets(text: str, names: list[str], what: str = "target") -> list[str]:
+    """Domains meant by --target (`what`): a name in any case (spaces, `_` and `-` alike), its start, L100 for location_100, a number, `all`.
 
     Raises: InputError with the nearest name for anything else.
     """
@@ -766,7 +793,7 @@ def choose_targets(text: str, names: list[str]) -> list[str]:
         return exact[:1] or starts
     if text.isdigit() and int(text) < len(names):
         return [names[int(text)]]
-    raise InputError(f"unknown target {text!r}{did_you_mean(text, names)} Choose from {', '.join(names)}, 0-{len(names) - 1} or all.")
+    raise InputError(f"unknown {what} {text!r}{did_you_mean(text, names)} Choose from {', '.join(names)}, 0-{len(names) - 1} or all.")
 
 
 @contextlib.contextmanager

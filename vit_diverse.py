@@ -98,7 +98,6 @@ def settings() -> argparse.Namespace:
 
 
 # ---------- The network: a vision transformer whose last layer can be asked what each head saw and said 
-
 class PatchEmbedding(nn.Module):
     """Images (B, C, h, w) -> tokens (B, 1 + patches, dim): a class token and the patches, with learned positions."""
 
@@ -252,7 +251,6 @@ def headwise(vit: nn.Module, num_classes: int) -> DiverseViT:
 
 
 # ---------- Diversity: orthogonal input gradients --------------------------------------------------
-
 def input_gradients(logits: torch.Tensor, per_head_inputs: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
     """G_i = d p* / d x through head i alone, for all heads in one call, p* being the top class score of an image.
 
@@ -297,7 +295,6 @@ def head_cosine(model: DiverseViT, images: torch.Tensor) -> float:
 
 
 # ---------- Selection: all subsets of heads --------------------------------------------------------
-
 def head_subsets(heads: int) -> torch.Tensor:
     """All 2^H - 1 non-empty subsets as masks (S, H) of 0 and 1; the larger ones first, so the first is all heads.
 
@@ -343,7 +340,6 @@ def select_heads(model, heads, labels, groups=None) -> tuple[torch.Tensor, torch
 
 
 # ---------- Training and evaluation ----------------------------------------------------------------
-
 def build(args):
     """The network before training, and the transforms of training images and of all others (None: pixels / 255)."""
     if args.model == "scratch":
@@ -482,7 +478,6 @@ def published_rule(history: list[dict]) -> dict[str, float]:
 
 
 # ---------- Runs, tables, figures ------------------------------------------------------------------
-
 def run(args, seed: int) -> dict:
     """Train and evaluate all methods with one seed, write the run's folder. Returns {"seed", "methods": {name: {}}}."""
     methods = {"ERM": (0.0, args.lr), "DIV": (vars(args)["lambda"], args.div_lr)}
