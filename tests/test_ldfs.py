@@ -29,6 +29,12 @@ from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_l
 # ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """The command takes one thread for the tiny CLIP; this process has other tests to do."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
 def unit(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
@@ -461,7 +467,6 @@ def command(tmp_path, monkeypatch, capsys):
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of this process, which has other tests to do
     drawing = {name: getattr(ldfs, name) for name in ("plot_neighbours", "plot_features")}
 
     def run(*arguments, figures=False):
