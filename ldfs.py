@@ -609,14 +609,14 @@ def tables(dataset: str, runs: list[dict]) -> list[str]:
 
 def main():
     args, runs, clip = settings(), [], None
+    torch.set_num_threads(1 if args.model == "tiny" else torch.get_num_threads())  # its matrices are too small to share
     print(f"{args.dataset}, model {args.model}, device {args.device}, {args.precision}", flush=True)
     for seed in args.seeds:
         if args.dataset.startswith("tiny-") or not runs:  # real data do not depend on the seed
             tasks = load_tasks(args, seed)
         clip = clip or Clip(args)  # after the data: a missing data set is said before weights are fetched
         for task in tasks:
-            sizes = f"{len(task.train)} images to train on, {len(task.holdout)} held out"
-            print(f"seed {seed}, source {task.source}: {sizes}", flush=True)
+            print(f"seed {seed}, {task.source}: {len(task.train)} images, {len(task.holdout)} held out", flush=True)
             runs.append(run(args, clip, task, seed))
             print("\n" + "\n\n".join(tables(args.dataset, runs[-1:])) + "\n", flush=True)
     if len(runs) > 1:

@@ -30,6 +30,12 @@ from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_l
 # ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """The command takes one thread for the tiny CLIP; this process has other tests to do."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
 def unit(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
@@ -863,7 +869,7 @@ def test_bad_folders_are_one_clear_error(command, mini, cub, pacs_tree):
 @pytest.mark.slow
 def test_main_job(checkout, root):
     start = time.time()
-    done = call(readme_script(root, "python ldfs.py"), checkout, OMP_NUM_THREADS="2")
+    done = call(readme_script(root, "python ldfs.py"), checkout)
     assert done.returncode == 0 and time.time() - start < 60, done.stderr
     numbers = json.loads((checkout / "runs" / "ldfs" / "tiny-pacs-photo-seed0" / "result.json").read_text())["modes"]
     assert numbers["probe"]["source"] > numbers["zero-shot"]["source"] + 0.05
