@@ -43,7 +43,7 @@ STUDIES = {
     "strategy": "zero-shot ha-lora+dig/strategy=alternating ha-lora+dig/strategy=two-stage ha-lora+dig",
     "lora-capacity": "zero-shot lora lora/lora-rank=double lora/lora-rank=match lora+dig lora+dig/lora-rank=double "
     "lora+dig/lora-rank=match ha-lora ha-lora+dig",
-    "prompts": " ".join(f"{mode}/prompt={prompt}" for prompt in ("templates", "ensemble", "coop", "promptstyler")
+    "prompts": " ".join(f"{mode}/prompt={kind}" for kind in ("templates", "ensemble", "coop", "promptstyler", "file")
                         for mode in ("zero-shot", "ha-lora+dig")),
     "drop-heads": "zero-shot ha-lora+dig",
 }  # fmt: skip
@@ -87,7 +87,7 @@ def settings() -> argparse.Namespace:
     training("--resume", action="store_true", help="read runs that are complete from their folders")
     args = parser.parse_args()
     if args.study:
-        args.modes = STUDIES[args.study].split()
+        args.modes = [mode for mode in STUDIES[args.study].split() if args.class_features or "file" not in mode]
         args.summary = args.summary or Path("results", f"headpurify-{args.study}-{common.slug(args.dataset)}.json")
     args = common.settle(args)
     for name, tiny, other in (("epochs", 4, 40), ("lr", 3e-3, 5e-4), ("full_lr", 1e-3, 5e-6)):

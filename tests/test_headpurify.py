@@ -429,3 +429,11 @@ def test_class_features_from_a_file(call_main, small_world, tmp_path):
     call_main(headpurify.main, arguments)
     (run,) = json.loads((tmp_path / "results" / "both.json").read_text())["runs"]
     assert run["modes"]["zero-shot/prompt=file"] == run["modes"]["zero-shot"]
+
+
+def test_prompt_study_takes_a_file_where_one_is_given(monkeypatch):
+    without, given = (
+        flags(monkeypatch, f"--study prompts --summary x.json {more}").modes for more in ("", "--class-features f.npy")
+    )
+    assert [*given] == [*without, "zero-shot/prompt=file", "ha-lora+dig/prompt=file"]
+    assert {mode.prompt for mode in without.values()} == {"templates", "ensemble", "coop", "promptstyler"}
