@@ -579,7 +579,7 @@ def describe(result: dict) -> str:
 
 
 def run(args, target: str, seed: int, domains: list[common.Domain], model, preprocess, tokenizer) -> dict:
-    """Train and evaluate every mode for one target and one seed, write the run's folder. Returns its `result.json`."""
+    """Train and evaluate every mode for one target and one seed, write the run's folder. Returns the outcome."""
     # tiny images are drawn in so many poses that they need no augmentation
     augment = preprocess if args.dataset.startswith("tiny-") else common.image_transform(model, train=True)
     split = common.leave_one_out(domains, target, preprocess, augment)
@@ -590,7 +590,7 @@ def run(args, target: str, seed: int, domains: list[common.Domain], model, prepr
     path = args.output / "headpurify" / (args.study or "")
     path /= f"{common.slug(args.dataset)}-{common.slug(target)}-seed{seed}"
     if saved := common.resume(path / "checkpoint", path / "result.json", config) if args.resume else {}:
-        return saved
+        return {name: saved[name] for name in saved if name != "settings"}
     with common.run_folder(path) as folder, (folder / "metrics.jsonl").open("w") as metrics:
         common.write_json(folder / "config.json", config)
         for name, mode in args.modes.items():
@@ -606,7 +606,7 @@ def run(args, target: str, seed: int, domains: list[common.Domain], model, prepr
             results[name] = result
             print(f"{name}: {describe(result)}", flush=True)
         common.export_clip(model, folder / "model", features, class_names, visual)
-        outcome = {"settings": config, "target": target, "seed": seed, "modes": results}
+        outcome = {"target": target, "seed": seed, "modes": results}
         if mode.gated:
             gates, towers = torch.tensor(result["gates"]), {"CLIP": model.visual, name: visual}
             plot_gates(gates, f"{args.dataset}, target {target}, {name}", folder / "gates.png")
@@ -619,7 +619,7 @@ def run(args, target: str, seed: int, domains: list[common.Domain], model, prepr
             shown = split.target[target].subset(np.linspace(0, len(split.target[target]) - 1, 8))
             plot_attention(towers, gates, shown, args.device, folder / "attention.png")
             plot_features(towers, split.target[target], args, folder / "features.png")
-        common.write_json(folder / "result.json", outcome)
+        common.write_json(folder / "result.json", {"settings": config, **outcome})
     print(f"\n{common.run_table(f'{args.dataset}, target {target}, seed {seed}, %', results)}\nstored in {path}/\n")
     return outcome
 
@@ -635,7 +635,7 @@ def main():
         print(f"images: {sizes}; {len(class_names)} classes", flush=True)
         if model is None:  # after the data: a missing data set is said before weights are fetched
             model, preprocess, tokenizer = common.load_clip(args.model, args.pretrained, args.device)
-            head_numbers(args.drop, model.visual)
+            head_numbers(args.drop, model.visual)  # asked early
         runs += [run(args, target, seed, domains, model, preprocess, tokenizer) for target in targets]
     if len(runs) > 1:
         print(common.summary_table(f"{args.dataset}, target accuracy, %", args.modes, runs))

@@ -11,18 +11,41 @@ from conftest import call, readme_commands, readme_script
 from PIL import Image
 
 import common
+import headpurify
 
 
 def test_readme_names_the_test_command(root):
     assert "pip install -r requirements.txt && pytest" in readme_commands(root)
 
 
-def test_readme_table_is_the_committed_run(root):
-    run = json.loads((root / "results" / "headpurify-tiny-pacs.json").read_text())
-    runs = {(row["target"], row["seed"]) for row in run["runs"]}
-    assert runs == {(target, seed) for target in common.TINY_DOMAINS for seed in range(3)}
-    table = common.summary_table("tiny-pacs, target accuracy, %", run["settings"]["modes"], run["runs"])
-    assert f"```text\n{table}\n```" in (root / "README.md").read_text()
+@pytest.mark.parametrize("dataset", ["tiny-pacs", "tiny-office"])
+def test_readme_tables_are_the_committed_runs(root, dataset, monkeypatch):
+    committed = json.loads((root / "results" / f"headpurify-{dataset}.json").read_text())
+    runs, settings, readme = committed["runs"], committed["settings"], (root / "README.md").read_text()
+    seeds = range(len(runs) // 4)
+    assert {(run["target"], run["seed"]) for run in runs} == {(t, s) for t in common.TINY_DOMAINS for s in seeds}
+    monkeypatch.setattr("sys.argv", ["headpurify.py", "--dataset", dataset])
+    now = vars(headpurify.settings())
+    for name in (
+        "rank",
+        "last_rank",
+        "scale",
+        "alpha",
+        "mmd_at",
+        "mmd_grad",
+        "epochs",
+        "lr",
+        "gate_lr",
+        "full_lr",
+        "cue",
+    ):
+        assert settings[name] == now[name], f"results were made with another {name}"
+    table = common.summary_table(f"{dataset}, target accuracy, %", settings["modes"], runs)
+    assert f"```text\n{table}\n```" in readme
+    means = common.measures_table(f"{dataset}, %", headpurify.accuracies(runs))
+    assert f"```text\n{means}\n```" in readme
+    command = f"--target all --seeds {' '.join(map(str, seeds))} --summary results/headpurify-{dataset}.json"
+    assert any(command in line for line in readme_commands(root))
 
 
 def test_main_job(checkout, root):
