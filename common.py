@@ -911,21 +911,25 @@ def save_figure(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_lines(panels: dict[str, dict], x_label: str, y_label: str, path: Path, **scales) -> None:
-    """A panel for each title of {title: {label: (x, y)}} with y (n,), or (n, seeds) for mean and deviation; x may be names."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
+def plot_lines(panels: dict[str, dict], x_label: str, y_label: str, path: Path, names: bool = False, **scales) -> None:
+    """A panel for each title of {title: {label: (x, y)}} with y (n,), or (n, seeds) for mean and deviation. With `names`, x are
+    names: they stand at the left, one below the other, and y goes to the right."""
+    figure, axes = plt.subplots(1, len(panels), figsize=((4.2 + names) * len(panels), 3.4), layout="constrained", squeeze=False, sharey=names)
     for panel, (title, curves) in zip(axes[0], panels.items()):
         for label, (x, y) in curves.items():
             y = np.asarray(y).reshape(len(x), -1)
-            error = y.std(1, ddof=1) if y.shape[1] > 1 else None
-            line = {"linestyle": "", "marker": "o"} if isinstance(x[0], str) else {"marker": "." if len(x) < 50 else ""}
-            panel.errorbar(x, y.mean(1), error, capsize=3, label=label, **line)
-        panel.set(title=title, xlabel=x_label, ylabel=y_label, **scales)
-        if isinstance(x[0], str):
-            panel.tick_params("x", rotation=90)
+            mean, error = y.mean(1), y.std(1, ddof=1) if y.shape[1] > 1 else None
+            if names:
+                panel.errorbar(mean, x, xerr=error, capsize=3, fmt="o", label=label)
+            else:
+                panel.errorbar(x, mean, error, marker="." if len(x) < 50 else "", capsize=3, label=label)
+        panel.set(title=title, **dict(zip(("ylabel", "xlabel") if names else ("xlabel", "ylabel"), (x_label, y_label))), **scales)
+    if names:
+        axes[0, 0].invert_yaxis()  # the first on top
     labels = axes[0, -1].get_legend_handles_labels()
     if any(labels[1]):
-        figure.legend(*labels, loc="outside lower center", ncols=min(len(labels[1]), 3 * len(panels) - 1), fontsize="small")
+        columns = max(1, 45 * len(panels) // (6 + max(map(len, labels[1]))))  # that fit
+        figure.legend(*labels, loc="outside lower center", ncols=min(len(labels[1]), columns), fontsize="small")
     save_figure(figure, path)
 
 

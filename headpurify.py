@@ -546,17 +546,17 @@ def plot_importance(gates: torch.Tensor, importance: torch.Tensor, path) -> None
 
 def plot_study(args, runs: list[dict]) -> None:
     """Of the drop-heads study its curves; of the others the accuracies of their modes, and how heads interfere."""
-    flat, stem, first = accuracies(runs), args.summary.with_suffix(""), runs[0]
+    flat, stem, first, names = accuracies(runs), args.summary.with_suffix(""), runs[0], args.study != "drop-heads"
     percent = lambda rows: 100 * np.array(rows, float).T  # of every run, to (points, runs)  # noqa: E731
     panels = {part: {"": ([*args.modes], percent([common.seed_means(flat, mode, part) for mode in args.modes]).T)}
               for part in ("source hold-out", "target")}  # fmt: skip
-    if args.study == "drop-heads":
+    if not names:
         panels = {part: {order: (curve["dropped"], percent([run["drop"][order][part] for run in runs]))
                          for order, curve in first["drop"].items()} for part in ("holdout", "target")}  # fmt: skip
         for part, (order, (dropped, y)) in ((part, line) for part, lines in panels.items() for line in lines.items()):
             values = ", ".join(f"{n}: {accuracy:.1f}" for n, accuracy in zip(dropped, y.mean(1)))
             print(f"{part} accuracy in % without the first n heads, {order}: {values}")
-    common.plot_lines(panels, "dropped heads" * ("drop" in first), "accuracy, %", f"{stem}.png")
+    common.plot_lines(panels, "" if names else "dropped heads", "accuracy, %", f"{stem}.png", names)
     of = {mode: percent([run["modes"][mode].get("interference", []) for run in runs]) for mode in args.modes}
     lines = {mode: (range(1, 1 + len(cosines)), cosines) for mode, cosines in of.items() if len(cosines)}
     common.plot_lines({"updates of two heads": lines}, "layer", "|cosine|, %", f"{stem}-interference.png")
