@@ -122,6 +122,7 @@ class Benchmark:
     domains: tuple[str, ...]  # sorted: a domain's place enters its split seed
     source: str  # where people get it
     stand_in: str = "tiny-pacs"
+    layout: str = "<domain>/<class>/<image>"
 
 
 DOMAINBED = "the archive named in DomainBed's download script (github.com/facebookresearch/DomainBed)"
@@ -130,10 +131,10 @@ BENCHMARKS = {
     "vlcs": Benchmark("VLCS", ("Caltech101", "LabelMe", "SUN09", "VOC2007"), DOMAINBED),
     "officehome": Benchmark("office_home", ("Art", "Clipart", "Product", "Real World"), DOMAINBED, "tiny-office"),
     "terra": Benchmark("terra_incognita", ("location_100", "location_38", "location_43", "location_46"), DOMAINBED),
-    "domainnet": Benchmark("domain_net", ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
-                           "ai.bu.edu/M3SDA, the cleaned archives", "tiny-office"),
-    "domainnet-mini": Benchmark("domain_net", ("clipart", "painting", "real", "sketch"), "ai.bu.edu/M3SDA; the lists: SENTRY's code", "tiny-office"),
-    "cub-paintings": Benchmark(".", ("painting", "photo"), "CUB_200_2011/ from Caltech and CUB-200-Painting/ from thuml/PAN"),
+    "domainnet": Benchmark("domain_net", ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"), "ai.bu.edu/M3SDA, the cleaned archives", "tiny-office"),
+    "domainnet-mini": Benchmark("domain_net", ("clipart", "painting", "real", "sketch"), "ai.bu.edu/M3SDA; the lists: SENTRY's code", "tiny-office",
+                                "<domain>/<class>/<image> and the lists <domain>_{train,test}_mini.txt"),
+    "cub-paintings": Benchmark(".", ("painting", "photo"), "CUB_200_2011/ from Caltech, CUB-200-Painting/ from thuml/PAN", layout="CUB-200-Painting/<class>/<image> and CUB_200_2011/images/<class>/<image>"),
 }  # fmt: skip
 # classes, images per class in the cued training part and in the balanced part (a multiple of the 8 backgrounds) of a domain
 TINY_BENCHMARKS = {"tiny-pacs": (PACS_CLASSES, 160, 80), "tiny-office": (OFFICE_CLASSES, 80, 40)}
@@ -162,7 +163,7 @@ def load_domains(name: str, root: str | Path = "data", seed: int = 0, cue: float
         benchmark = BENCHMARKS[name]
         path = Path(root) / benchmark.folder
         if not path.is_dir():
-            layout = f"{path}/<domain>/<class>/<image>, domains {', '.join(benchmark.domains)}"
+            layout = f"{path}/{benchmark.layout}, domains {', '.join(benchmark.domains)}"
             raise missing(name, path, layout, benchmark.source, root, benchmark.stand_in)
         return {"domainnet-mini": read_mini, "cub-paintings": read_cub}.get(name, read_folders)(path, benchmark.domains)
     raise InputError(f"unknown data set {name!r}{did_you_mean(name, [*BENCHMARKS, *TINY_BENCHMARKS, *also])} "
@@ -217,8 +218,8 @@ def read_cub(path: Path, domains: tuple[str, ...]) -> list[Domain]:
     """CUB's paintings and photos. The number of a class folder `001.Black_footed_Albatross` is its identity; names differ in capitals."""
     folders = [path / "CUB-200-Painting", path / "CUB_200_2011" / "images"]
     if not all(folder.is_dir() for folder in folders):
-        layout = f"{folders[0]}/<class>/<image> and {folders[1]}/<class>/<image>"
-        raise missing("cub-paintings", path, layout, BENCHMARKS["cub-paintings"].source, path, "tiny-pacs")
+        row = BENCHMARKS["cub-paintings"]
+        raise missing("cub-paintings", path, f"{path}/{row.layout}", row.source, path, row.stand_in)
     sets = [ImageFolder(folder, allow_empty=True) for folder in folders]
     numbers = [{name.split(".")[0] for name in images.classes} for images in sets]
     if numbers[0] != numbers[1]:
