@@ -48,6 +48,15 @@ def test_readme_tables_are_the_committed_runs(root, dataset, monkeypatch):
     assert any(command in line for line in readme_commands(root))
 
 
+def test_readme_choices_are_the_committed_runs(root):
+    files = [root / "results" / f"headpurify-choices-{target}.json" for target in ("photo", "sketch")]
+    photo, sketch = (json.loads(file.read_text())["runs"][0] for file in files)
+    assert photo["seed"] == sketch["seed"] == 1000
+    for mode, result in photo["modes"].items():
+        pair = (100 * part["holdout"]["accuracy"] for part in (result, sketch["modes"][mode]))
+        assert "{:.1f} / {:.1f}".format(*pair) in (root / "README.md").read_text(), mode
+
+
 def test_main_job(checkout, root):
     """The table, the files, and a model that open_clip loads with the accuracy that was reported."""
     done = call(readme_script(root, "pip install -r requirements.txt && python headpurify.py"), checkout)
