@@ -589,7 +589,7 @@ def run(args, target: str, seed: int, domains: list[common.Domain], model, prepr
     config = json.loads(json.dumps({**config, "modes": list(args.modes), "target": target, "seed": seed}))
     path = args.output / "headpurify" / (args.study or "")
     path /= f"{common.slug(args.dataset)}-{common.slug(target)}-seed{seed}"
-    if saved := common.resume(path / "checkpoint", path / "result.json", config) if args.resume else {}:
+    if saved := common.resume(path.with_suffix(".checkpoint"), path / "result.json", config) if args.resume else {}:
         return {name: saved[name] for name in saved if name != "settings"}
     with common.run_folder(path) as folder, (folder / "metrics.jsonl").open("w") as metrics:
         common.write_json(folder / "config.json", config)

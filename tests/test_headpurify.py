@@ -437,3 +437,10 @@ def test_prompt_study_takes_a_file_where_one_is_given(monkeypatch):
     )
     assert [*given] == [*without, "zero-shot/prompt=file", "ha-lora+dig/prompt=file"]
     assert {mode.prompt for mode in without.values()} == {"templates", "ensemble", "coop", "promptstyler"}
+
+
+def test_resume_clears_what_a_killed_run_left(call_main, small_world, tmp_path):
+    left = tmp_path / "runs" / "headpurify" / ".tiny-pacs-sketch-seed0-killed"
+    left.mkdir(parents=True)
+    call_main(headpurify.main, "--modes zero-shot --resume")
+    assert [entry.name for entry in left.parent.iterdir()] == ["tiny-pacs-sketch-seed0"]
