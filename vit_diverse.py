@@ -309,9 +309,9 @@ def head_subsets(heads: int) -> torch.Tensor:
 @torch.no_grad()
 def collect_heads(model: DiverseViT, images: common.ImageSet, args) -> torch.Tensor:
     """Head outputs of a whole set, (N, H, d): an image runs through the network once, a subset costs only `logits`."""
-    loader = DataLoader(images, 256, collate_fn=common.as_is, num_workers=args.workers)
     with common.autocast(args.device, args.precision):
-        return torch.cat([model.head_outputs(model.head_inputs(x.to(args.device))) for x, _ in loader]).float()
+        encode = lambda x: model.head_outputs(model.head_inputs(x))  # noqa: E731
+        return common.outputs(encode, images, args.device, workers=args.workers).float().to(args.device)
 
 
 @torch.no_grad()

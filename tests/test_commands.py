@@ -92,12 +92,16 @@ def test_main_job(checkout, root):
     assert accuracy == numbers["target"]["accuracy"]
 
 
-def test_same_command_twice_gives_the_same_numbers(checkout):
+def test_same_command_twice_gives_the_same_numbers(checkout, pacs_tree):
     results = []
     for folder in ("one", "two"):
-        done = call(f"headpurify.py --epochs 1 --target photo --seed 3 --modes ha-lora+dig --output {folder}", checkout)
+        done = call(
+            f"headpurify.py --dataset pacs --data-root {pacs_tree} --model tiny --epochs 2 --batch-size 4 "
+            f"--target photo --seed 3 --modes ha-lora+dig --output {folder}",
+            checkout,
+        )
         assert done.returncode == 0, done.stderr
-        result = json.loads((checkout / folder / "headpurify" / "tiny-pacs-photo-seed3" / "result.json").read_text())
+        result = json.loads((checkout / folder / "headpurify" / "pacs-photo-seed3" / "result.json").read_text())
         results.append([{**numbers, "seconds": None} for numbers in result["modes"].values()])
     assert results[0] == results[1]
 
