@@ -186,8 +186,7 @@ class HeadPurifiedAttention(nn.Module):
 def blocks(visual: nn.Module):
     """The attention blocks of an open_clip ViT image tower. Raises InputError for a tower without them."""
     found = getattr(getattr(visual, "transformer", None), "resblocks", [None])
-    kinds = (nn.MultiheadAttention, HeadPurifiedAttention)
-    if not all(isinstance(getattr(block, "attn", None), kinds) for block in found):
+    if not all(isinstance(getattr(b, "attn", None), nn.MultiheadAttention | HeadPurifiedAttention) for b in found):
         raise common.InputError("head purification needs a ViT of ResidualAttentionBlocks with nn.MultiheadAttention, "
                                 f"not a {type(visual).__name__}; use tiny, ViT-B-32, ViT-B-16 or ViT-L-14")  # fmt: skip
     return found
@@ -469,10 +468,11 @@ def drop_curves(model, adapted, gates: torch.Tensor, features, split: common.Spl
               **({"by hand": head_numbers(args.drop, model.visual)} if args.drop else {}),
               "gates on frozen CLIP": clip_gates.flatten().argsort().tolist(),
               "adapt and drop": gates.flatten().argsort().tolist()}  # fmt: skip
+    numbers = sorted({len(args.drop), *(round(share * gates.numel()) for share in np.linspace(0, 0.75, 9))})
     for name, order in orders.items():
         visual = copy.deepcopy(adapted if name == "adapt and drop" else model.visual)
         classify = common.clip_classifier(visual, features, args.precision)
-        stops = sorted({min(round(share * gates.numel()), len(order)) for share in np.linspace(0, 0.75, 9)})
+        stops = [number for number in numbers if number <= len(order)]
         curves[name] = {"dropped": stops, "holdout": [], "target": []}
         for start, stop in zip([0, *stops], stops):
             for head in order[start:stop]:
@@ -546,18 +546,17 @@ def plot_importance(gates: torch.Tensor, importance: torch.Tensor, path) -> None
 
 def plot_study(args, runs: list[dict]) -> None:
     """Of the drop-heads study its curves; of the others the accuracies of their modes, and how heads interfere."""
-    flat, stem, first, names = accuracies(runs), args.summary.with_suffix(""), runs[0], args.study != "drop-heads"
-    percent = lambda rows: 100 * np.array(rows, float).T  # of every run, to (points, runs)  # noqa: E731
-    panels = {part: {"": ([*args.modes], percent([common.seed_means(flat, mode, part) for mode in args.modes]).T)}
-              for part in ("source hold-out", "target")}  # fmt: skip
-    if not names:
-        panels = {part: {order: (curve["dropped"], percent([run["drop"][order][part] for run in runs]))
-                         for order, curve in first["drop"].items()} for part in ("holdout", "target")}  # fmt: skip
-        for part, (order, (dropped, y)) in ((part, line) for part, lines in panels.items() for line in lines.items()):
-            values = ", ".join(f"{n}: {accuracy:.1f}" for n, accuracy in zip(dropped, y.mean(1)))
-            print(f"{part} accuracy in % without the first n heads, {order}: {values}")
+    stem, names, flat, panels = args.summary.with_suffix(""), args.study != "drop-heads", accuracies(runs), {}
+    percent = lambda runs, row, columns: 100 * np.array([common.seed_means(runs, row, x) for x in columns])  # noqa: E731
+    for title, part in (("source hold-out", "holdout"), ("target", "target")):
+        panels[title] = {"": ([*args.modes], np.concatenate([percent(flat, mode, [title]) for mode in args.modes]))}
+        if not names:  # an order of heads takes the place of a mode, a number of dropped heads that of a measure
+            drop = [{**run, "modes": {order: dict(zip(map(str, curve["dropped"]), curve[part]))
+                                      for order, curve in run["drop"].items()}} for run in runs]  # fmt: skip
+            print(f"\n{common.measures_table(f'{title}, %, without so many heads', drop)}")
+            panels[title] = {k: ([*map(int, row)], percent(drop, k, row)) for k, row in drop[0]["modes"].items()}
     common.plot_lines(panels, "" if names else "dropped heads", "accuracy, %", f"{stem}.png", names)
-    of = {mode: percent([run["modes"][mode].get("interference", []) for run in runs]) for mode in args.modes}
+    of = {mode: 100 * np.array([run["modes"][mode].get("interference", []) for run in runs]).T for mode in args.modes}
     lines = {mode: (range(1, 1 + len(cosines)), cosines) for mode, cosines in of.items() if len(cosines)}
     common.plot_lines({"updates of two heads": lines}, "layer", "|cosine|, %", f"{stem}-interference.png")
 
@@ -587,8 +586,7 @@ def run(args, target: str, seed: int, domains: list[common.Domain], model, prepr
     free = ("data_root", "device", "figures", "output", "resume", "seeds", "summary", "target", "workers")
     config = {name: value for name, value in vars(args).items() if name not in free}
     config = json.loads(json.dumps({**config, "modes": list(args.modes), "target": target, "seed": seed}))
-    path = args.output / "headpurify" / (args.study or "")
-    path /= f"{common.slug(args.dataset)}-{common.slug(target)}-seed{seed}"
+    path = args.output / "headpurify" / (args.study or "") / common.slug(f"{args.dataset}-{target}-seed{seed}")
     if saved := common.resume(path.with_suffix(".checkpoint"), path / "result.json", config) if args.resume else {}:
         return {name: saved[name] for name in saved if name != "settings"}
     with common.run_folder(path) as folder, (folder / "metrics.jsonl").open("w") as metrics:

@@ -382,14 +382,20 @@ def test_study_writes_tables_and_figures(call_main, small_world, tmp_path):
 
 
 def test_drop_heads(call_main, small_world, tmp_path):
+    """Every order starts at the undisturbed model, and stops also at as many heads as were dropped by hand."""
     out = call_main(headpurify.main, "--study drop-heads --epochs 1 --drop 6.2 1.1")
     (run,) = json.loads((tmp_path / "results" / "headpurify-drop-heads-tiny-pacs.json").read_text())["runs"]
     assert set(run["drop"]) == {"random", "by hand", "gates on frozen CLIP", "adapt and drop"}
-    assert run["drop"]["by hand"]["dropped"] == [0, 2] and run["drop"]["random"]["dropped"][-1] == 27
-    for order, mode in (("random", "zero-shot"), ("adapt and drop", "ha-lora+dig")):
-        for part in ("holdout", "target"):
-            assert run["drop"][order][part][0] == pytest.approx(run["modes"][mode][part]["accuracy"])
-            assert f"{100 * run['drop'][order][part][-1]:.1f}" in out
+    assert run["drop"]["by hand"]["dropped"] == [0, 2]
+    assert run["drop"]["random"]["dropped"] == [0, 2, 3, 7, 10, 14, 17, 20, 24, 27]
+    tables = out[out.index("source hold-out, %, without so many heads") :].split("\n\n")
+    for part, table in zip(("holdout", "target"), tables):
+        rows = {line[:20].strip(): line[20:].split() for line in table.splitlines()[2:]}
+        for order, mode in (("random", "zero-shot"), ("adapt and drop", "ha-lora+dig")):
+            curve = run["drop"][order][part]
+            assert curve[0] == pytest.approx(run["modes"][mode][part]["accuracy"])
+            assert rows[order] == [f"{100 * accuracy:.1f}" for accuracy in curve]
+        assert rows["by hand"][2:] == ["-"] * 8
 
 
 @pytest.mark.slow
