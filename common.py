@@ -925,11 +925,11 @@ def plot_lines(panels: dict[str, dict], x_label: str, y_label: str, path: Path, 
             else:
                 panel.errorbar(x, mean, error, marker="." if len(x) < 50 else "", capsize=3, label=label)
         panel.set(title=title, **dict(zip(("ylabel", "xlabel") if names else ("xlabel", "ylabel"), (x_label, y_label))), **scales)
-    if names:
-        axes[0, 0].invert_yaxis()  # the first on top
+    axes[0, 0].yaxis.set_inverted(names)  # the first on top
     labels = axes[0, -1].get_legend_handles_labels()
     if any(labels[1]):
         columns = max(1, 45 * len(panels) // (6 + max(map(len, labels[1]))))  # that fit
+        figure.set_figheight(3.4 + 0.2 * ((len(labels[1]) - 1) // columns))
         figure.legend(*labels, loc="outside lower center", ncols=min(len(labels[1]), columns), fontsize="small")
     save_figure(figure, path)
 

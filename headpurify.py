@@ -43,7 +43,7 @@ STUDIES = {
     "strategy": "zero-shot ha-lora+dig/strategy=alternating ha-lora+dig/strategy=two-stage ha-lora+dig",
     "lora-capacity": "zero-shot lora lora/lora-rank=double lora/lora-rank=match lora+dig lora+dig/lora-rank=double "
     "lora+dig/lora-rank=match ha-lora ha-lora+dig",
-    "prompts": " ".join(f"{mode}/prompt={kind}" for kind in ("templates", "ensemble", "coop", "promptstyler", "file")
+    "prompts": " ".join(f"{mode}/prompt={kind}" for kind in ("file", "ensemble", "coop", "promptstyler", "templates")
                         for mode in ("zero-shot", "ha-lora+dig")),
     "drop-heads": "zero-shot ha-lora+dig",
 }  # fmt: skip
@@ -217,8 +217,7 @@ def recorded(visual: nn.Module, where: str):
     with contextlib.ExitStack() as stack:
         for block in blocks(visual):
             if where == "layers":
-                hook = block.register_forward_hook(lambda module, args, output: record.append(output))
-                stack.callback(hook.remove)
+                stack.callback(block.register_forward_hook(lambda module, args, output: record.append(output)).remove)
             elif where != "output":
                 module = block.attn.mha.out_proj if where == "heads" else block.attn
                 stack.callback(module.register_forward_pre_hook(lambda module, args: record.append(args[0])).remove)
@@ -237,8 +236,7 @@ def mmd_loss(features: list[torch.Tensor], domain: torch.Tensor, bandwidths=None
 def route_gradients(loss_cls, loss_mmd, trained: list, reached: list, alpha: float) -> None:
     """Write .grad (the point of the paper): what is trained gets the gradient of L_cls, what L_MMD reaches also alpha
     times its gradient. In the paper low-rank factors and gates are trained, and the gates are reached."""
-    gradients = torch.autograd.grad(loss_cls, trained, retain_graph=bool(reached))
-    for parameter, gradient in zip(trained, gradients):
+    for parameter, gradient in zip(trained, torch.autograd.grad(loss_cls, trained, retain_graph=bool(reached))):
         parameter.grad = gradient
     if reached:
         for parameter, gradient in zip(reached, torch.autograd.grad(loss_mmd, reached)):
@@ -547,14 +545,14 @@ def plot_importance(gates: torch.Tensor, importance: torch.Tensor, path) -> None
 def plot_study(args, runs: list[dict]) -> None:
     """Of the drop-heads study its curves; of the others the accuracies of their modes, and how heads interfere."""
     stem, names, flat, panels = args.summary.with_suffix(""), args.study != "drop-heads", accuracies(runs), {}
-    percent = lambda runs, row, columns: 100 * np.array([common.seed_means(runs, row, x) for x in columns])  # noqa: E731
     for title, part in (("source hold-out", "holdout"), ("target", "target")):
-        panels[title] = {"": ([*args.modes], np.concatenate([percent(flat, mode, [title]) for mode in args.modes]))}
+        panels[title] = {"": ([*args.modes], 100 * np.array([common.seed_means(flat, m, title) for m in args.modes]))}
         if not names:  # an order of heads takes the place of a mode, a number of dropped heads that of a measure
             drop = [{**run, "modes": {order: dict(zip(map(str, curve["dropped"]), curve[part]))
                                       for order, curve in run["drop"].items()}} for run in runs]  # fmt: skip
-            print(f"\n{common.measures_table(f'{title}, %, without so many heads', drop)}")
-            panels[title] = {k: ([*map(int, row)], percent(drop, k, row)) for k, row in drop[0]["modes"].items()}
+            print(f"\n{common.measures_table(f'{title}, %, dropped:', drop)}")
+            panels[title] = {order: ([*map(int, row)], 100 * np.array([common.seed_means(drop, order, n) for n in row]))
+                             for order, row in drop[0]["modes"].items()}  # fmt: skip
     common.plot_lines(panels, "" if names else "dropped heads", "accuracy, %", f"{stem}.png", names)
     of = {mode: 100 * np.array([run["modes"][mode].get("interference", []) for run in runs]).T for mode in args.modes}
     lines = {mode: (range(1, 1 + len(cosines)), cosines) for mode, cosines in of.items() if len(cosines)}
@@ -563,10 +561,14 @@ def plot_study(args, runs: list[dict]) -> None:
 
 # ---------- Runs -----------------------------------------------------------------------------------
 def accuracies(runs: list[dict]) -> list[dict]:
-    """Runs with the accuracies alone, as `common.measures_table` takes them."""
+    """Accuracies of runs, for `common.measures_table`, with the last mode's on the target minus that of each other."""
     parts = {"source hold-out": "holdout", "source": "source", "target": "target"}
     flat = lambda result: {name: result[part]["accuracy"] for name, part in parts.items()}  # noqa: E731
-    return [{**run, "modes": {mode: flat(result) for mode, result in run["modes"].items()}} for run in runs]
+    runs = [{**run, "modes": {mode: flat(result) for mode, result in run["modes"].items()}} for run in runs]
+    for *others, last in (run["modes"].values() for run in runs):
+        for other in others:
+            other["last minus this"] = last["target"] - other["target"]
+    return runs
 
 
 def describe(result: dict) -> str:
@@ -635,10 +637,10 @@ def main():
             model, preprocess, tokenizer = common.load_clip(args.model, args.pretrained, args.device)
             head_numbers(args.drop, model.visual)  # asked early
         runs += [run(args, target, seed, domains, model, preprocess, tokenizer) for target in targets]
-    if len(runs) > 1:
+    if args.study or len(runs) > 1:
         print(common.summary_table(f"{args.dataset}, target accuracy, %", args.modes, runs))
-    if args.study:
         print(f"\n{common.measures_table(f'{args.dataset}, %', accuracies(runs))}")
+    if args.study:
         plot_study(args, runs)
     if args.summary:
         common.write_json(args.summary, {"settings": {**vars(args), "modes": list(args.modes)}, "runs": runs})

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -18,34 +19,50 @@ def test_readme_names_the_test_command(root):
     assert "pip install -r requirements.txt && pytest" in readme_commands(root)
 
 
+def committed(root, monkeypatch, name, *flags):
+    """Settings, runs and seeds of results/headpurify-NAME.json, made on all targets with the settings of today."""
+    file = json.loads((root / "results" / f"headpurify-{name}.json").read_text())
+    settings, runs = file["settings"], file["runs"]
+    monkeypatch.setattr("sys.argv", ["headpurify.py", *flags])
+    monkeypatch.chdir(root)
+    now = vars(headpurify.settings())
+    for setting in (*headpurify.OWN_SETTINGS, "cue", "context", "drop"):
+        key = setting.replace("-", "_")
+        assert settings[key] == now[key], f"results were made with another {setting}"
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    assert [(run["seed"], run["target"]) for run in runs] == [(s, t) for s in seeds for t in common.TINY_DOMAINS]
+    return settings, runs, " ".join(map(str, seeds))
+
+
 @pytest.mark.parametrize("dataset", ["tiny-pacs", "tiny-office"])
 def test_readme_tables_are_the_committed_runs(root, dataset, monkeypatch):
-    committed = json.loads((root / "results" / f"headpurify-{dataset}.json").read_text())
-    runs, settings, readme = committed["runs"], committed["settings"], (root / "README.md").read_text()
-    seeds = range(len(runs) // 4)
-    assert {(run["target"], run["seed"]) for run in runs} == {(t, s) for t in common.TINY_DOMAINS for s in seeds}
-    monkeypatch.setattr("sys.argv", ["headpurify.py", "--dataset", dataset])
-    now = vars(headpurify.settings())
-    for name in (
-        "rank",
-        "last_rank",
-        "scale",
-        "alpha",
-        "mmd_at",
-        "mmd_grad",
-        "epochs",
-        "lr",
-        "gate_lr",
-        "full_lr",
-        "cue",
-    ):
-        assert settings[name] == now[name], f"results were made with another {name}"
+    settings, runs, seeds = committed(root, monkeypatch, dataset, "--dataset", dataset)
+    readme = (root / "README.md").read_text()
     table = common.summary_table(f"{dataset}, target accuracy, %", settings["modes"], runs)
     assert f"```text\n{table}\n```" in readme
     means = common.measures_table(f"{dataset}, %", headpurify.accuracies(runs))
     assert f"```text\n{means}\n```" in readme
-    command = f"--target all --seeds {' '.join(map(str, seeds))} --summary results/headpurify-{dataset}.json"
+    for other in ("full", "lora"):  # what the text says of paired runs
+        pairs = [[run["modes"][mode]["target"]["accuracy"] for mode in ("ha-lora+dig", other)] for run in runs]
+        gain = 100 * np.subtract(*np.transpose(pairs))
+        assert f"{abs(gain.mean()):.1f} ± {gain.std(ddof=1) / len(gain) ** 0.5:.1f}" in readme
+    command = f"--target all --seeds {seeds} --summary results/headpurify-{dataset}.json"
     assert any(command in line for line in readme_commands(root))
+
+
+@pytest.mark.parametrize("study", headpurify.STUDIES)
+def test_readme_studies_are_the_committed_runs(root, study, monkeypatch):
+    settings, runs, seeds = committed(root, monkeypatch, f"{study}-tiny-pacs", "--study", study)
+    assert settings["modes"] == [mode for mode in headpurify.STUDIES[study].split() if "file" not in mode]
+    if study == "drop-heads":
+        shape = len(seeds.split()), len(common.TINY_DOMAINS), -1
+        curves = {order: np.reshape([run["drop"][order]["target"] for run in runs], shape) for order in runs[0]["drop"]}
+        rows = {order: [common.percent(column) for column in curve.mean(1).T] for order, curve in curves.items()}
+        table = common.format_table("target, %, dropped:", [*map(str, runs[0]["drop"]["random"]["dropped"])], rows)
+    else:
+        table = common.measures_table("tiny-pacs, %", headpurify.accuracies(runs))
+    assert f"```text\n{table}\n```" in (root / "README.md").read_text()
+    assert f"python headpurify.py --study {study} --target all --seeds {seeds}" in readme_commands(root)
 
 
 def test_readme_choices_are_the_committed_runs(root):

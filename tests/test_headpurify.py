@@ -388,7 +388,7 @@ def test_drop_heads(call_main, small_world, tmp_path):
     assert set(run["drop"]) == {"random", "by hand", "gates on frozen CLIP", "adapt and drop"}
     assert run["drop"]["by hand"]["dropped"] == [0, 2]
     assert run["drop"]["random"]["dropped"] == [0, 2, 3, 7, 10, 14, 17, 20, 24, 27]
-    tables = out[out.index("source hold-out, %, without so many heads") :].split("\n\n")
+    tables = out[out.index("source hold-out, %, dropped:") :].split("\n\n")
     for part, table in zip(("holdout", "target"), tables):
         rows = {line[:20].strip(): line[20:].split() for line in table.splitlines()[2:]}
         for order, mode in (("random", "zero-shot"), ("adapt and drop", "ha-lora+dig")):
@@ -441,7 +441,7 @@ def test_prompt_study_takes_a_file_where_one_is_given(monkeypatch):
     without, given = (
         flags(monkeypatch, f"--study prompts --summary x.json {more}").modes for more in ("", "--class-features f.npy")
     )
-    assert [*given] == [*without, "zero-shot/prompt=file", "ha-lora+dig/prompt=file"]
+    assert [*given] == ["zero-shot/prompt=file", "ha-lora+dig/prompt=file", *without]
     assert {mode.prompt for mode in without.values()} == {"templates", "ensemble", "coop", "promptstyler"}
 
 
@@ -450,3 +450,12 @@ def test_resume_clears_what_a_killed_run_left(call_main, small_world, tmp_path):
     left.mkdir(parents=True)
     call_main(headpurify.main, "--modes zero-shot --resume")
     assert [entry.name for entry in left.parent.iterdir()] == ["tiny-pacs-sketch-seed0"]
+
+
+def test_accuracies_say_what_the_last_mode_gains_within_a_run():
+    part = lambda accuracy: {name: {"accuracy": accuracy} for name in ("holdout", "source", "target")}  # noqa: E731
+    runs = [{"seed": seed, "modes": {"one": part(0.1 * seed), "two": part(0.1 * seed + 0.2)}} for seed in (0, 5)]
+    flat = headpurify.accuracies(runs)
+    assert [run["modes"]["one"]["last minus this"] for run in flat] == pytest.approx([0.2, 0.2])
+    assert "last minus this" not in flat[0]["modes"]["two"] and "20.0 ± 0.0" in common.measures_table("", flat)
+    assert set(runs[0]["modes"]["one"]) == {"holdout", "source", "target"}  # what was given stays as it is
