@@ -74,6 +74,7 @@ def test_readme_choices_are_the_committed_runs(root):
         assert "{:.1f} / {:.1f}".format(*pair) in (root / "README.md").read_text(), mode
 
 
+@pytest.mark.slow
 def test_main_job(checkout, root):
     """The table, the files, and a model that open_clip loads with the accuracy that was reported."""
     done = call(readme_script(root, "pip install -r requirements.txt && python headpurify.py"), checkout)
