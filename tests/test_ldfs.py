@@ -371,6 +371,7 @@ COCA = {
 def small_coca():
     torch.manual_seed(0)
     model = open_clip.CoCa(**COCA).eval()
+    torch.nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves it as it finds the memory
     for parameter in model.text_decoder.parameters():
         parameter.data *= 4  # so that images matter for the words
     return model
