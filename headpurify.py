@@ -1,15 +1,20 @@
-"""Attention Head Purification: which heads of CLIP to trust on a domain never seen (Wang and Kang, arXiv 2412.07226).
+"""Attention Head Purification: which heads of CLIP to trust (Wang and Kang, arXiv 2412.07226).
 
-Some attention heads of CLIP carry what a task needs, others carry the domain. Two purifications, trained together:
-  task level     HA-LoRA: low-rank updates of the query and value projections, with a down-projection for every head
-  domain level   DIG: a gate on every head; gates also feel the MMD between source domains, low-rank factors do not
-After training both are folded into the weights: the result is a plain CLIP of the same size and speed.
+Fine-tuned on some domains, CLIP should work on one never seen. Some of its attention heads carry
+what the task needs, others carry the domain. Two purifications, trained together:
 
-    python headpurify.py                                    # tiny-pacs, target sketch, CPU, under two minutes
+task level     HA-LoRA: low-rank updates of the query and value projections, with a down-projection
+               B for every head, so that heads do not disturb each other
+domain level   DIG: a gate on every head, which also feels the distance L_MMD between the source
+               domains. The low-rank factors do not: they would learn to hide the domain
+
+After training both are folded into the weights: a plain CLIP of the same size and speed.
+
+    python headpurify.py                                    # tiny-pacs, target sketch, on a CPU
     python headpurify.py --dataset pacs --target all --seeds 0 1 2
 
-What the paper leaves open is called "our choice" in --help and explained in the README.
-Row vectors as in the paper: a token is a row z, a layer computes z @ W.
+What the paper leaves open is called "our choice" in --help. Row vectors as in the paper: a token is
+a row z, a layer computes z @ W.
 """
 
 from __future__ import annotations
@@ -18,12 +23,8 @@ import argparse
 import contextlib
 import copy
 import itertools
-import json
 import time
-from dataclasses import replace
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,120 +33,38 @@ from tqdm import tqdm
 
 import common
 
-# name: (what trains in the image encoder: nothing, all of it, low-rank updates as in LoRA or for every head; gates)
-MODES = {"zero-shot": (None, False), "full": ("full", False), "lora": ("lora", False), "ha-lora": ("ha-lora", False),
-         "dig": (None, True), "lora+dig": ("lora", True), "ha-lora+dig": ("ha-lora", True)}  # fmt: skip
-# A mode may end in settings of its own, `ha-lora+dig/mmd-grad=both`: a study is a list of modes for the same training.
-STUDIES = {
-    "components": "zero-shot full lora ha-lora dig lora+dig ha-lora+dig",
-    "mmd-target": "zero-shot ha-lora+dig/mmd-grad=none ha-lora+dig/mmd-grad=lora ha-lora+dig/mmd-grad=both "
-    "ha-lora+dig/mmd-at=layers ha-lora+dig/mmd-at=heads ha-lora+dig",
-    "strategy": "zero-shot ha-lora+dig/strategy=alternating ha-lora+dig/strategy=two-stage ha-lora+dig",
-    "lora-capacity": "zero-shot lora lora/lora-rank=double lora/lora-rank=match lora+dig lora+dig/lora-rank=double "
-    "lora+dig/lora-rank=match ha-lora ha-lora+dig",
-    "prompts": " ".join(f"{mode}/prompt={kind}" for kind in ("file", "ensemble", "coop", "promptstyler", "templates")
-                        for mode in ("zero-shot", "ha-lora+dig")),
-    "drop-heads": "zero-shot ha-lora+dig",
-}  # fmt: skip
-OWN_SETTINGS = ("rank last-rank lora-rank scale alpha mmd-at mmd-grad bandwidths strategy prompt batch-size epochs lr "
-                "gate-lr full-lr weight-decay").split()  # fmt: skip
 
-
-def settings() -> argparse.Namespace:
-    parser = common.common_flags(__doc__)
-    method = parser.add_argument_group("attention head purification").add_argument
-    method("--modes", nargs="+", metavar="MODE", default=["zero-shot", "lora", "ha-lora+dig"],
-           help=f"what to compare, the last is exported: {', '.join(MODES)}; lora/lr=1e-3 (default: %(default)s)")
-    method("--study", choices=STUDIES, help="a comparison of the paper or its reviewers in place of --modes; writes "
-           "results/headpurify-<study>-<dataset>.json and a figure")  # fmt: skip
-    method("--rank", type=int, default=2, help="in all layers but the last two (default: 2, published)")
-    method("--last-rank", type=int, default=8, help="in the last two layers (default: 8, published)")
-    method("--lora-rank", choices=("same", "double", "match"), default="same", help="of conventional LoRA: these, "
-           "doubled, or r (heads + 1) / 2, as many parameters as HA-LoRA has (default: same)")  # fmt: skip
-    method("--scale", type=float, default=1.0, help="s, weight of the low-rank updates (default: 1, our choice)")
-    method("--alpha", type=float, default=1.0, help="weight of L_MMD (default: 1, our choice)")
-    method("--mmd-at", choices=("output", "layers", "heads"), default="output", help="L_MMD compares the encoder's "
-           "output, the CLS token after every layer, or its gated heads (default: output, our choice)")  # fmt: skip
-    method("--bandwidths", type=float, nargs="+", help="of the kernel (default: a bank around the median, our choice)")
-    method("--mmd-grad", choices=("none", "lora", "gates", "both"), default="gates", help="what L_MMD trains")
-    method("--strategy", choices=("joint", "alternating", "two-stage"), default="joint", help="both in every step, in "
-           "turns, or gates in the second half (default: joint, published)")  # fmt: skip
-    method("--prompt", choices=("templates", "ensemble", "coop", "promptstyler", "file"), default="templates",
-           help="who makes class features: --templates, open_clip's, CoOp, ..., --class-features (default: templates)")
-    method("--class-features", metavar="FILE", help="(C, D) of any other prompt method, .npy; for --prompt file")
-    method("--context", type=int, default=4, help="CoOp's learned words, 4 ... 16 (default: 4)")
-    method("--drop", nargs="+", metavar="LAYER.HEAD", default=[], help="--study drop-heads: by hand; 1.1 is the first")
-    method("--figures", action="store_true", help="draw what heads attend to, their importance, and features")
-    training = parser.add_argument_group("training").add_argument
-    training("--batch-size", type=int, default=12, help="images per source domain in a step (default: 12, published)")
-    training("--epochs", type=int, help="passes over the sources (default: 40, published; 4 with the tiny CLIP)")
-    training("--lr", type=float, help="of low-rank factors (default: 5e-4; 3e-3 with the tiny CLIP, our choice)")
-    training("--gate-lr", type=float, default=5e-3, help="of gates (default: 5e-3, our choice)")
-    training("--full-lr", type=float, help="of full fine-tuning (default: 5e-6; 1e-3 with the tiny CLIP, our choice)")
-    training("--weight-decay", type=float, default=0.01, help="of all but the gates (default: 0.01, our choice)")
-    training("--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)")
-    training("--resume", action="store_true", help="read runs that are complete from their folders")
-    args = parser.parse_args()
-    if args.study:
-        args.modes = [mode for mode in STUDIES[args.study].split() if args.class_features or "file" not in mode]
-        args.summary = args.summary or Path("results", f"headpurify-{args.study}-{common.slug(args.dataset)}.json")
-    args = common.settle(args)
-    for name, tiny, other in (("epochs", 4, 40), ("lr", 3e-3, 5e-4), ("full_lr", 1e-3, 5e-6)):
-        if getattr(args, name) is None:
-            setattr(args, name, tiny if args.model == "tiny" else other)
-    args.modes = {text: read_mode(text, args, parser) for text in dict.fromkeys(args.modes)}
-    if any((wrong := width) <= 0 for mode in args.modes.values() for width in mode.bandwidths or []):
-        raise common.InputError(f"--bandwidths must be above 0, got {wrong}")
-    if args.figures and not [*args.modes.values()][-1].gated:
-        raise common.InputError(f"--figures needs gates in the last mode, such as ha-lora+dig, not {[*args.modes][-1]}")
-    at_least_1 = "rank last_rank batch_size epochs eval_every context".split()
-    for mode, name in itertools.product(args.modes.values(), at_least_1):
-        if getattr(mode, name) < 1:
-            hint = "; --modes dig trains gates without low-rank updates" if "rank" in name else ""
-            raise common.InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(mode, name)}{hint}")
-    return args
-
-
-def read_mode(text: str, args, parser) -> argparse.Namespace:
-    """Settings of a mode `name/flag=value/...`: the command's but for its own; `adapter` and `gated` by its name."""
-    name, *own = text.split("/")
-    if name not in MODES or not {setting.partition("=")[0] for setting in own} <= {*OWN_SETTINGS}:
-        raise common.InputError(f"--modes: cannot read {text!r}{common.did_you_mean(name, MODES)} A mode is one of "
-                                f"{', '.join(MODES)}; it may set {', '.join(OWN_SETTINGS)}: lora/lr=1e-3")  # fmt: skip
-    mode = parser.parse_args([f"--{setting}" for setting in own], argparse.Namespace(**{**vars(args), "modes": None}))
-    mode.adapter, mode.gated = MODES[name]
-    return mode
-
-
-# ---------- The method -----------------------------------------------------------------------------
+# ---------- Purified attention: HA-LoRA and DIG --------------------------------------------------
 class HeadPurifiedAttention(nn.Module):
-    """Self-attention with low-rank updates of each head's query and value projection, and a gate on each head.
+    """Self-attention with an update of each head's query and value projection, and a gate on it.
 
-        Q_i = z (W_q^i + s B_q^i A_q^i),  V_i = z (W_v^i + s B_v^i A_v^i),  K_i = z W_k^i        (HA-LoRA)
-        output = concat_i(a_i head_i) W_o,  a = H softmax(g)                                     (DIG)
+        Q_i = z (W_q^i + s B_q^i A_q^i),  V_i = z (W_v^i + s B_v^i A_v^i),  K_i = z W_k^i  (HA-LoRA)
+        output = concat_i(a_i head_i) W_o,  a = H softmax(g)                               (DIG)
 
-    with B^i (D, r) random and A^i (r, d) zero, g zero: at the start it computes what the pretrained layer computes.
-    Conventional LoRA (`head_aware=False`) has one B for all heads; cut into heads, B A becomes B A^i.
+    with B^i (D, r) random and A^i (r, d) zero, g zero: at the start it computes what the pretrained
+    layer computes. Conventional LoRA (`head_aware=False`) has one B for all heads: cut into heads,
+    B A becomes B A^i.
 
-    Args: mha, the layer's `nn.MultiheadAttention` (batch_first), is kept and frozen; rank r, 0 for no low-rank update;
-    gated: learn g, otherwise all gates are 1. Raises: ValueError if the rank is negative or `mha` is of another kind.
+    Args: mha, the layer's `nn.MultiheadAttention` (batch_first), is kept and frozen; rank r, 0 for
+    no low-rank update; gated: learn g, otherwise all gates are 1; scale s. Raises: ValueError.
     """
 
-    def __init__(self, mha: nn.MultiheadAttention, rank: int, head_aware=True, gated=True, scale: float = 1.0):
+    def __init__(self, mha, rank: int, head_aware=True, gated=True, scale: float = 1.0):
         super().__init__()
         if rank < 0:
             raise ValueError(f"rank must be >= 0, got {rank}")
-        if not isinstance(mha, nn.MultiheadAttention) or not mha.batch_first or mha.in_proj_weight is None:
-            raise ValueError(f"need a batch_first nn.MultiheadAttention with one in_proj_weight, got {mha}")
+        if not isinstance(mha, nn.MultiheadAttention) or not mha.batch_first:
+            raise ValueError(f"need a batch_first nn.MultiheadAttention, got {mha}")
         self.mha = mha.requires_grad_(False)
         self.rank, self.scale = rank, scale
         H, D, d = mha.num_heads, mha.embed_dim, mha.head_dim
         new = {"device": mha.in_proj_weight.device, "dtype": mha.in_proj_weight.dtype}
-        if rank:
-            for name in ("q", "v"):
-                down = torch.randn(H if head_aware else 1, D, rank, **new) / D**0.5  # z has unit variance: so has z @ B
-                self.register_parameter(f"down_{name}", nn.Parameter(down))  # B (H or 1, D, r)
-                self.register_parameter(f"up_{name}", nn.Parameter(torch.zeros(H, rank, d, **new)))  # A (H, r, d)
+        for name in ("q", "v") if rank else ():
+            down = torch.randn(H if head_aware else 1, D, rank, **new)  # B (H or 1, D, r)
+            up = torch.zeros(H, rank, d, **new)  # A (H, r, d)
+            down = down / D**0.5  # z has unit variance: so has z @ B
+            self.register_parameter(f"down_{name}", nn.Parameter(down))
+            self.register_parameter(f"up_{name}", nn.Parameter(up))
         self.gate_logits = nn.Parameter(torch.zeros(H, **new), requires_grad=gated)  # g (H,)
 
     def gates(self) -> torch.Tensor:
@@ -156,45 +75,50 @@ class HeadPurifiedAttention(nn.Module):
         return [self.down_q, self.up_q, self.down_v, self.up_v] if self.rank else []
 
     def in_projection(self) -> torch.Tensor:
-        """[W_q W_k W_v] with the updates of all heads added in one batched product, (3D, D) as PyTorch stores it."""
+        """[W_q W_k W_v] with the updates of all heads, (3D, D) as PyTorch stores it."""
         weight = self.mha.in_proj_weight
         if not self.rank:
             return weight
-        factors = (self.down_q, self.up_q), (self.down_v, self.up_v)
-        # (H, d, r) @ (H or 1, r, D): row i d + j is column j of head i's update
-        q, v = ((up.mT @ down.mT).reshape(weight.shape[1], -1) for down, up in factors)
+        D = weight.shape[1]
+        # (H, d, r) @ (H or 1, r, D) is (H, d, D): row i d + j is column j of head i's update
+        q = (self.up_q.mT @ self.down_q.mT).reshape(D, D)
+        v = (self.up_v.mT @ self.down_v.mT).reshape(D, D)
         return weight + self.scale * torch.cat([q, torch.zeros_like(q), v])
 
     def forward(self, z, key=None, value=None, need_weights=False, attn_mask=None):
-        """z (B, N, D) -> ((B, N, D), None); called by open_clip's blocks like `nn.MultiheadAttention`."""
+        """z (B, N, D) -> ((B, N, D), None); open_clip's blocks call it as they call `mha`."""
         B, N, D = z.shape
-        qkv = F.linear(z, self.in_projection(), self.mha.in_proj_bias)
-        q, k, v = qkv.view(B, N, 3, self.mha.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+        qkv = F.linear(z, self.in_projection(), self.mha.in_proj_bias)  # (B, N, 3D)
+        qkv = qkv.view(B, N, 3, self.mha.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask)  # (B, H, N, d)
         heads = heads * self.gates().to(heads.dtype)[:, None, None]
         return self.mha.out_proj(heads.transpose(1, 2).reshape(B, N, D)), None
 
     @torch.no_grad()
     def merge(self) -> nn.MultiheadAttention:
-        """The same function as a plain layer: updates in W_q and W_v, gate a_i in the rows of W_o that head i meets."""
+        """The same function as a plain layer: a gate goes into the rows of W_o its head meets."""
         plain = copy.deepcopy(self.mha)
         plain.in_proj_weight.copy_(self.in_projection())
-        plain.out_proj.weight.mul_(self.gates().repeat_interleave(plain.head_dim))  # rows of W_o: PyTorch's columns
+        gates = self.gates().repeat_interleave(plain.head_dim)  # (D,)
+        plain.out_proj.weight.mul_(gates)  # rows of W_o are PyTorch's columns
         return plain
 
 
 def blocks(visual: nn.Module):
-    """The attention blocks of an open_clip ViT image tower. Raises InputError for a tower without them."""
+    """The attention blocks of an open_clip ViT image tower. Raises InputError if it has none."""
     found = getattr(getattr(visual, "transformer", None), "resblocks", [None])
-    if not all(isinstance(getattr(b, "attn", None), nn.MultiheadAttention | HeadPurifiedAttention) for b in found):
-        raise common.InputError("head purification needs a ViT of ResidualAttentionBlocks with nn.MultiheadAttention, "
-                                f"not a {type(visual).__name__}; use tiny, ViT-B-32, ViT-B-16 or ViT-L-14")  # fmt: skip
+    for block in found:
+        attention = getattr(block, "attn", None)
+        if not isinstance(attention, nn.MultiheadAttention | HeadPurifiedAttention):
+            what = f"not a {type(visual).__name__}; use tiny, ViT-B-32, ViT-B-16 or ViT-L-14"
+            raise common.InputError(f"head purification needs a ViT of attention blocks, {what}")
     return found
 
 
-def purify(visual, rank=2, last_rank=8, head_aware=True, gated=True, scale=1.0) -> list[HeadPurifiedAttention]:
-    """Swap purified attention into every layer of an image tower, in place, and freeze all else: `last_rank` in the
-    last two layers, `rank` in the others; 0 and 0 for gates alone. Returns: the new layers, first to last."""
+def purify(visual, rank=2, last_rank=8, head_aware=True, gated=True, scale=1.0) -> list:
+    """Swap purified attention into an image tower, in place, and freeze all else: `last_rank` in
+    the last two layers, `rank` in the others; 0 and 0 for gates alone. Returns: the new layers."""
     layers = blocks(visual.requires_grad_(False))
     ranks = [rank] * (len(layers) - 2) + [last_rank] * 2
     for block, r in zip(layers, ranks[-len(layers) :]):
@@ -209,441 +133,468 @@ def merge(visual: nn.Module) -> nn.Module:
     return visual
 
 
+# ---------- What L_MMD compares, and what it trains ----------------------------------------------
 @contextlib.contextmanager
 def recorded(visual: nn.Module, where: str):
-    """A list that forward passes inside the block fill with tokens (B, N, D) of every layer: "inputs", what attention
-    reads; "heads", its gated heads side by side; "layers", what a layer hands on. "output" leaves the list empty."""
-    record = []
-    with contextlib.ExitStack() as stack:
+    """A list that forward passes inside the block fill with tokens (B, N, D) of every layer:
+    "inputs", what attention reads; "heads", its gated heads side by side; "layers", what a layer
+    hands on. "output" leaves the list empty."""
+    tokens = []
+
+    def keep(module, args, output=None):
+        tokens.append(args[0] if output is None else output)
+
+    with contextlib.ExitStack() as stack:  # which removes the hooks
         for block in blocks(visual):
             if where == "layers":
-                stack.callback(block.register_forward_hook(lambda module, args, output: record.append(output)).remove)
+                stack.callback(block.register_forward_hook(keep).remove)
             elif where != "output":
                 module = block.attn.mha.out_proj if where == "heads" else block.attn
-                stack.callback(module.register_forward_pre_hook(lambda module, args: record.append(args[0])).remove)
-        yield record
+                stack.callback(module.register_forward_pre_hook(keep).remove)
+        yield tokens
 
 
 def mmd_loss(features: list[torch.Tensor], domain: torch.Tensor, bandwidths=None) -> torch.Tensor:
-    """L_MMD: MMD^2 of the domains of a batch, averaged over pairs of domains and the features (B, D) in the list."""
+    """L_MMD: MMD^2 of domains of a batch, averaged over pairs of domains and the features (B, D) in
+    the list. domain: (B,), numbers of domains. Raises: InputError if there is only one."""
     pairs = list(itertools.combinations(domain.unique().tolist(), 2))
     if not pairs:
-        raise common.InputError("L_MMD compares source domains, so two are needed; with one, use --modes lora ha-lora")
-    unit = [F.normalize(feature.float(), dim=-1) for feature in features]
-    return torch.stack([common.mmd2(x[domain == a], x[domain == b], bandwidths) for x in unit for a, b in pairs]).mean()
+        raise common.InputError("L_MMD compares domains: two are needed, or --modes lora ha-lora")
+    distances = []
+    for feature in features:
+        x = F.normalize(feature.float(), dim=-1)
+        for a, b in pairs:
+            distances.append(common.mmd2(x[domain == a], x[domain == b], bandwidths))
+    return torch.stack(distances).mean()
 
 
 def route_gradients(loss_cls, loss_mmd, trained: list, reached: list, alpha: float) -> None:
-    """Write .grad (the point of the paper): what is trained gets the gradient of L_cls, what L_MMD reaches also alpha
-    times its gradient. In the paper low-rank factors and gates are trained, and the gates are reached."""
-    for parameter, gradient in zip(trained, torch.autograd.grad(loss_cls, trained, retain_graph=bool(reached))):
+    """Write .grad, the point of the paper: what is trained gets the gradient of L_cls, what L_MMD
+    reaches also alpha times its gradient. In the paper low-rank factors and gates are trained, and
+    the gates are reached."""
+    gradients = torch.autograd.grad(loss_cls, trained, retain_graph=bool(reached))
+    for parameter, gradient in zip(trained, gradients):
         parameter.grad = gradient
     if reached:
         for parameter, gradient in zip(reached, torch.autograd.grad(loss_mmd, reached)):
             parameter.grad = parameter.grad + alpha * gradient
 
 
-@torch.no_grad()
-def interference(layers: list[HeadPurifiedAttention]) -> list[float]:
-    """|cosine| of the updates s B^i A^i of two heads, for every layer: mean over pairs of heads, queries and values."""
-    cosines = []
-    for layer in layers:
-        down, up = torch.stack([layer.down_q, layer.down_v]), torch.stack([layer.up_q, layer.up_v])
-        update = F.normalize((down @ up).flatten(2), dim=-1)  # (2, H, D d)
-        H = update.shape[1]
-        cosines.append(((update @ update.mT).abs().sum().item() / 2 - H) / (H * (H - 1)))  # without those of itself
-    return cosines
-
-
-# ---------- Prompts: class features (C, D), unit-norm ----------------------------------------------
-def coop(model, tokenizer, class_names, split: common.Split, mode, seed: int) -> torch.Tensor:
-    """CoOp, its context learned on the sources' image features."""
-    encode = common.image_encoder(model.visual, mode.device, mode.precision)
-    sets = [replace(images, transform=common.image_transform(model)) for images in split.train.values()]
-    x = torch.cat([common.outputs(encode, images, mode.device, workers=mode.workers) for images in sets])
-    torch.manual_seed(seed)
-    y, scale = torch.cat([images.labels for images in sets]), model.logit_scale.exp().item()
-    prompt = common.CoOp(model, tokenizer, class_names, mode.context, mode.device)
-    return prompt.fit(x, y, scale, mode.batch_size * len(sets))
-
-
-def style_loss(style, styled, content, earlier) -> torch.Tensor:
-    """PromptStyler's L_style + L_content (Eqs. 1 and 3) of unit-norm features: style (D,), "a S* style of a"; styled
-    (C, D), the same with every class; content (C, D), the classes alone; earlier (i - 1, D), to be orthogonal to."""
-    diversity = (earlier @ style).abs().mean() if len(earlier) else 0
-    return diversity + F.cross_entropy(styled @ content.T, torch.arange(len(content), device=content.device))
-
-
-def promptstyler(model, tokenizer, class_names, mode, seed: int, steps=100, margin=0.5, scale=5.0) -> torch.Tensor:
-    """PromptStyler (Cho et al., ICCV 2023), which sees no image: style words learned one after another, then a linear
-    classifier of the texts of all styles and classes, with the ArcFace loss. Steps, margin, scale as published."""
-    noun, count = ("picture", 16) if isinstance(tokenizer, common.WordTokenizer) else ("style", 80)
-    style = f"a a {noun} of a"  # the second word is S*
-    names = [name.replace("_", " ") for name in class_names]
-    tokens = tokenizer([f"{style}.", *(f"{style} {name}." for name in names)]).to(mode.device)
-    content = common.class_features(model, tokenizer, names, ["{}."], mode.device)  # (C, D)
-    torch.manual_seed(seed)
-    styles, texts = content[:0], []
-    for _ in tqdm(range(count), desc="PromptStyler", disable=None):
-        word = nn.Parameter(0.02 * torch.randn_like(common.text_tower(model).token_embedding.weight[:1]))
-        optimizer = torch.optim.SGD([word], lr=0.002, momentum=0.9)
-        for _ in range(steps):
-            found = common.encode_prompts(model, tokens, common.first_word(tokenizer) + 1, word)  # (1 + C, D)
-            optimizer.zero_grad()
-            style_loss(found[0], found[1:], content, styles).backward()
-            optimizer.step()
-        styles, texts = torch.cat([styles, found[:1].detach()]), [*texts, found[1:].detach()]
-    x, y = torch.cat(texts), torch.arange(len(names), device=mode.device).repeat(count)  # (styles C, D)
-    classifier = nn.Parameter(sum(texts))  # (C, D)
-    optimizer = torch.optim.SGD([classifier], lr=0.005, momentum=0.9)
-    for _ in range(4 * steps):
-        angle = (x @ F.normalize(classifier, dim=-1).T).clamp(-1 + 1e-6, 1 - 1e-6).acos()
-        optimizer.zero_grad()
-        F.cross_entropy(scale * (angle + margin * F.one_hot(y)).cos(), y).backward()
-        optimizer.step()
-    return F.normalize(classifier.detach(), dim=-1)
-
-
-def prompt_features(model, tokenizer, class_names, split: common.Split, mode, seed: int) -> torch.Tensor:
-    """Class features by `mode.prompt`. Raises: InputError for a file that is not an array of this shape."""
-    if mode.prompt == "coop":
-        return coop(model, tokenizer, class_names, split, mode, seed)
-    if mode.prompt == "promptstyler":
-        return promptstyler(model, tokenizer, class_names, mode, seed)
-    templates = ["ensemble"] if mode.prompt == "ensemble" else mode.templates
-    features = common.class_features(model, tokenizer, class_names, templates, mode.device)
-    if mode.prompt == "file":
-        try:
-            given = torch.from_numpy(np.load(mode.class_features)).float().view(features.shape)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            needed = f"needed is a {tuple(features.shape)} array in .npy, a row for each of {', '.join(class_names)}"
-            raise common.InputError(f"--class-features {mode.class_features}: {error}; {needed}") from None
-        return F.normalize(given, dim=-1).to(mode.device)
-    return features
-
-
-# ---------- Training -------------------------------------------------------------------------------
-def lora_ranks(mode, heads: int) -> list[int]:
-    """Ranks in most layers and in the last two. HA-LoRA has r (H D + D) parameters a projection, LoRA r (D + D)."""
-    factors = {"same": 1, "double": 2, "match": (heads + 1) / 2}
-    factor = factors[mode.lora_rank] if mode.adapter == "lora" else int(mode.adapter == "ha-lora")
-    return [round(factor * rank) for rank in (mode.rank, mode.last_rank)]
-
-
 def trained_now(strategy: str, step: int, steps: int, weights: list, gates: list) -> list:
-    """What a step (1 ... steps) trains: both; weights in odd steps, gates in even ones; or gates in the second half."""
+    """What a step (1 ... steps) trains: both; in turns; or weights first, then gates."""
     if strategy == "joint" or not weights or not gates:
         return weights + gates
-    return weights if (step % 2 if strategy == "alternating" else step <= steps // 2) else gates
+    weights_now = step % 2 if strategy == "alternating" else step <= steps // 2
+    return weights if weights_now else gates
 
 
-def train(visual, features, logit_scale: float, split: common.Split, mode, seed: int, log) -> dict:
-    """Fine-tune the image tower `visual` in place on the sources; it ends merged, at its source-validated best.
+# ---------- Training -----------------------------------------------------------------------------
+def train(clip, class_features, task, row, seed: int) -> tuple:
+    """Fine-tune a copy of CLIP's image tower on the sources of a task.
 
-    Args: features of the classes, (C, D); mode: see `read_mode`; log: called with a dict at every evaluation.
-    Returns: target accuracy of three checkpoints, gates (layers, heads), interference, and what training cost.
+    Args: class_features (C, D), unit-norm; row: see `SETTINGS` and `ROWS`. Returns: the tower as it
+    was when it classified the source hold-outs best, merged; and what is kept in the record.
     """
     torch.manual_seed(seed)
-    if mode.adapter == "full":
-        layers, weights = [], list(visual.requires_grad_(True).parameters())
-    else:
-        ranks = lora_ranks(mode, blocks(visual)[0].attn.num_heads)
-        layers = purify(visual, *ranks, head_aware=mode.adapter == "ha-lora", gated=mode.gated, scale=mode.scale)
-        weights = [parameter for layer in layers for parameter in layer.lora_parameters()]
-    gates = [layer.gate_logits for layer in layers if mode.gated]
-    reached = set(map(id, {"none": [], "lora": weights, "gates": gates, "both": weights + gates}[mode.mmd_grad]))
-    steps_per_epoch = max(1, sum(map(len, split.train.values())) // (mode.batch_size * len(split.train)))
-    steps = mode.epochs * steps_per_epoch
-    groups = [{"params": weights, "lr": mode.full_lr if mode.adapter == "full" else mode.lr},
-              {"params": gates, "lr": mode.gate_lr, "weight_decay": 0.0}]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, weight_decay=mode.weight_decay)
+    visual = copy.deepcopy(clip.visual)
+    layers, weights, gates = make_trainable(visual, row)
+    reached = {"none": [], "lora": weights, "gates": gates, "both": weights + gates}[row.mmd_grad]
+    reached = set(reached)  # by L_MMD
+    images_per_step = row.batch_size * len(task.train)
+    steps_per_epoch = max(1, sum(map(len, task.train.values())) // images_per_step)
+    steps = row.epochs * steps_per_epoch
+    lr = row.full_lr if row.adapter == "full" else row.lr
+    of_gates = {"params": gates, "lr": row.gate_lr, "weight_decay": 0.0}
+    groups = [{"params": weights, "lr": lr}, of_gates]
+    optimizer = torch.optim.AdamW(groups, weight_decay=row.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    scaler = torch.amp.GradScaler(mode.device.type, enabled=mode.precision == "fp16")
-    batches = common.source_batches(split.train, mode.batch_size, seed, mode.workers)
-    classify = common.clip_classifier(visual, features, mode.precision)
-    history, best, seconds, start = [], (-1.0, {}), 0.0, time.perf_counter()
+    scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")
+    batches = common.source_batches(task.train, row.batch_size, seed, row.workers)
+    history, best, state = [], -1.0, {}
     visual.train()
     for step in tqdm(range(1, steps + 1), disable=None):
-        images, labels, domain = (part.to(mode.device, non_blocking=True) for part in next(batches))
-        with common.autocast(mode.device, mode.precision), recorded(visual, mode.mmd_at) as record:
-            embedding = visual(images)  # (B, D)
-        logits = logit_scale * F.normalize(embedding.float(), dim=-1) @ features.T  # (B, C)
-        loss_cls = F.cross_entropy(logits, labels)
-        compared = [tokens[:, 0] for tokens in record] or [embedding]
-        loss_mmd = mmd_loss(compared, domain, mode.bandwidths) if reached else torch.zeros((), device=mode.device)
-        trained = trained_now(mode.strategy, step, steps, weights, gates)
+        batch = [part.to(row.device, non_blocking=True) for part in next(batches)]
+        loss_cls, loss_mmd = losses(visual, *batch, class_features, clip.logit_scale, row, reached)
+        trained = trained_now(row.strategy, step, steps, weights, gates)
+        reached_now = [parameter for parameter in trained if parameter in reached]
         optimizer.zero_grad()
-        reached_now = [parameter for parameter in trained if id(parameter) in reached]
-        route_gradients(scaler.scale(loss_cls), scaler.scale(loss_mmd), trained, reached_now, mode.alpha)
+        scaled = scaler.scale(loss_cls), scaler.scale(loss_mmd)  # changes them in fp16 alone
+        route_gradients(*scaled, trained, reached_now, row.alpha)
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-        if step % (mode.eval_every * steps_per_epoch) == 0 or step == steps:
-            row = {"step": step, "loss_cls": loss_cls.item(), "loss_mmd": loss_mmd.item()}
-            seconds += time.perf_counter() - start
-            visual.eval()
-            for name, sets in (("source_holdout", split.holdout), ("target", split.target)):
-                row[name] = common.evaluate(classify, sets, mode.device, workers=mode.workers)["accuracy"]
-            history.append(row)
-            log(row)
-            if row["source_holdout"] > best[0]:  # the target is never asked
-                state = {name: p.detach().clone() for name, p in visual.named_parameters() if p.requires_grad}
-                best = row["source_holdout"], state
-            visual.train()
-            start = time.perf_counter()
-    visual.load_state_dict(best[1], strict=False)
+        if step % (row.eval_every * steps_per_epoch) == 0 or step == steps:
+            found = {"step": step, "loss_cls": loss_cls.item(), "loss_mmd": loss_mmd.item()}
+            history.append(found | validate(visual, class_features, task, row))
+            if history[-1]["hold-out"] > best:  # the target is never asked
+                best, state = history[-1]["hold-out"], copy.deepcopy(visual.state_dict())
+    visual.load_state_dict(state)
     count = sum(parameter.numel() for parameter in weights + gates)
-    result = {
-        "checkpoints": common.checkpoint_accuracies(history),
-        "gates": [layer.gates().tolist() for layer in layers],
-        "interference": interference([layer for layer in layers if layer.rank]),  # mean |cosine| of a layer
-        "trainable_parameters": count,
-        "trainable_share": count / sum(tensor.numel() for tensor in visual.parameters()),
-        "seconds": {"training": seconds, "step": seconds / steps},
-    }
+    share = count / sum(parameter.numel() for parameter in visual.parameters())
+    learnt = {"parameters": count, "share": share, "history": history}
+    if row.gated:
+        learnt["gates"] = [layer.gates().tolist() for layer in layers]  # (layers, heads)
+    if layers and weights:
+        learnt["interference"] = interference(layers)  # (layers,)
     if layers:
         merge(visual)
+    return visual.eval(), learnt
+
+
+def losses(visual, images, labels, domain, class_features, logit_scale, row, reached):
+    """L_cls and L_MMD of a batch (B, 3, h, w), scalars; L_MMD is 0 where it reaches nothing."""
+    where = row.mmd_at if reached else "output"
+    with common.autocast(row.device, row.precision), recorded(visual, where) as tokens:
+        embedding = visual(images)  # (B, D)
+    logits = logit_scale * F.normalize(embedding.float(), dim=-1) @ class_features.T  # (B, C)
+    loss_cls = F.cross_entropy(logits, labels)
+    if not reached:
+        return loss_cls, torch.zeros((), device=row.device)
+    compared = [layer[:, 0] for layer in tokens] or [embedding]  # CLS tokens (B, D)
+    return loss_cls, mmd_loss(compared, domain, row.bandwidths)
+
+
+def make_trainable(visual, row) -> tuple:
+    """Prepare an image tower, in place. Returns: purified layers; parameters: weights, gates."""
+    if row.adapter == "full":
+        return [], list(visual.requires_grad_(True).parameters()), []
+    ranks = lora_ranks(row, blocks(visual)[0].attn.num_heads)
+    layers = purify(visual, *ranks, row.adapter == "ha-lora", row.gated, row.scale)
+    weights = [parameter for layer in layers for parameter in layer.lora_parameters()]
+    return layers, weights, [layer.gate_logits for layer in layers if row.gated]
+
+
+def lora_ranks(row, heads: int):
+    """Ranks in most layers and in the last two. A projection has r (H D + D) parameters in HA-LoRA,
+    r (D + D) in LoRA: as many where the r of LoRA is (H + 1) / 2 times as large."""
+    factor = int(row.adapter == "ha-lora")
+    if row.adapter == "lora":
+        factor = {"same": 1, "double": 2, "match": (heads + 1) / 2}[row.lora_rank]
+    return [round(factor * rank) for rank in (row.rank, row.last_rank)]
+
+
+def validate(visual, class_features, task, row):
+    """Accuracies of a tower in training: on source hold-outs, which may choose, and the target."""
     visual.eval()
-    return result
+    classify = common.clip_classifier(visual, class_features, row.precision)
+    tests = {name: task.tests[name] for name in ("hold-out", "target")}
+    measures = common.evaluate(classify, tests, row.device, row.workers)
+    visual.train()
+    return {name: measures[name] for name in tests}
 
 
-# ---------- Figures: what heads do -----------------------------------------------------------------
+def checkpoint_accuracies(history):
+    """Of checkpoints beside the source-validated one. The oracle bounds what selection can gain."""
+    targets = [found["target"] for found in history]
+    return {"target, last": targets[-1], "target, oracle": max(targets)}
+
+
+@torch.no_grad()
+def interference(layers):
+    """|cosine| of the updates s B^i A^i of two heads, for every purified layer: the mean over pairs
+    of heads, queries and values. It is high in LoRA, whose heads share one B."""
+    cosines = []
+    for layer in layers:
+        down = torch.stack([layer.down_q, layer.down_v])  # (2, H or 1, D, r)
+        up = torch.stack([layer.up_q, layer.up_v])  # (2, H, r, d)
+        update = F.normalize((down @ up).flatten(2), dim=-1)  # (2, H, D d)
+        H = update.shape[1]
+        total = (update @ update.mT).abs().sum().item() / 2  # of queries and values
+        cosines.append((total - H) / (H * (H - 1)))  # but those of a head with itself
+    return cosines
+
+
+# ---------- Class features by prompts, (C, D), unit-norm -----------------------------------------
+def prompt_features(clip, task, row, seed: int) -> torch.Tensor:
+    """Class features as `row.prompt` says: purification goes with any of them."""
+    if row.prompt == "coop":  # learns words on the sources' image features (N, D)
+        sources = list(task.train.values())
+        x = torch.cat([clip.encode(images, row.workers) for images in sources])
+        y = torch.cat([images.labels for images in sources])
+        torch.manual_seed(seed)
+        coop = common.CoOp(clip, task.classes, row.context)
+        return coop.fit(x, y, row.batch_size * len(sources))
+    templates = ["ensemble"] if row.prompt == "ensemble" else row.templates
+    class_features = clip.class_features(task.classes, templates)
+    if row.prompt != "file":
+        return class_features
+    shape = tuple(class_features.shape)
+    try:
+        given = torch.from_numpy(np.load(row.class_features)).float().view(shape)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        need = f"needed is a {shape} array in .npy, a row for each of {', '.join(task.classes)}"
+        raise common.InputError(f"--class-features {row.class_features}: {error}; {need}") from None
+    return F.normalize(given, dim=-1).to(row.device)
+
+
+# ---------- What heads do ------------------------------------------------------------------------
 @torch.no_grad()
 def silence(visual, layer: int, head: int) -> None:
     """Take a head out of a plain tower, in place: the rows of W_o that it meets become zero."""
     attention = blocks(visual)[layer].attn
-    attention.out_proj.weight[:, head * attention.head_dim : (head + 1) * attention.head_dim] = 0
+    attention.out_proj.weight.unflatten(1, (attention.num_heads, -1))[:, head] = 0  # (D, H, d)
 
 
-def head_numbers(texts: list[str], visual) -> list[int]:
-    """Heads LAYER.HEAD as numbers 0 ... layers * heads - 1. Raises: InputError for what is no head of the tower."""
+def head_names(visual):
+    """LAYER.HEAD from 1.1 on, of every head, in the order of gates (layers, heads)."""
     shape = len(blocks(visual)), blocks(visual)[0].attn.num_heads
-    try:
-        return [int(np.ravel_multi_index([int(i) - 1 for i in text.split(".")], shape)) for text in texts]
-    except ValueError:
-        raise common.InputError(f"--drop {' '.join(texts)}: heads are 1.1 ... {shape[0]}.{shape[1]}") from None
+    return [f"{layer + 1}.{head + 1}" for layer, head in np.ndindex(*shape)]
 
 
 @torch.no_grad()
-def head_importance(visual, features, logit_scale: float, images, labels) -> torch.Tensor:
-    """By how much the cross-entropy on images (B, 3, h, w) grows without a head of a plain tower: (layers, heads)."""
-    loss = lambda: F.cross_entropy(logit_scale * common.clip_classifier(visual, features)(images), labels)  # noqa: E731
-    importance = torch.zeros(len(blocks(visual)), blocks(visual)[0].attn.num_heads) - loss().item()
-    for layer, head in itertools.product(*map(range, importance.shape)):
-        kept = (weight := blocks(visual)[layer].attn.out_proj.weight).clone()
-        silence(visual, layer, head)
-        importance[layer, head] += loss().item()
-        weight.copy_(kept)
+def head_importance(visual, class_features, logit_scale: float, images, labels) -> torch.Tensor:
+    """By how much the cross-entropy grows without a head of a plain tower: (layers, heads)."""
+
+    def loss(tower):
+        cosines = common.clip_classifier(tower, class_features)(images)  # (B, C)
+        return F.cross_entropy(logit_scale * cosines, labels).item()
+
+    layers, heads = len(blocks(visual)), blocks(visual)[0].attn.num_heads
+    importance = torch.full((layers, heads), -loss(visual))
+    for layer, head in np.ndindex(layers, heads):
+        without = copy.deepcopy(visual)
+        silence(without, layer, head)
+        importance[layer, head] += loss(without)
     return importance
 
 
 @torch.no_grad()
 def cls_attention(visual, images) -> torch.Tensor:
-    """What the CLS token of a plain tower attends to: (layers, B, heads, patches); what is left of 1 is itself."""
-    with recorded(visual, "inputs") as record:
+    """What the CLS token of a plain tower attends to beside itself: (layers, B, heads, patches)."""
+    with recorded(visual, "inputs") as tokens:
         visual(images)
     maps = []
-    for block, z in zip(blocks(visual), record):
-        q, k, _ = F.linear(z, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
-        q, k = (x.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for x in (q[:, :1], k))  # (B, H, 1 or N, d)
-        maps.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0, 1:])
+    for block, z in zip(blocks(visual), tokens):  # z (B, N, D)
+        _, weights = block.attn(z, z, z, average_attn_weights=False)  # (B, H, N, N)
+        maps.append(weights[:, :, 0, 1:])
     return torch.stack(maps)
 
 
-def drop_curves(model, adapted, gates: torch.Tensor, features, split: common.Split, args, seed: int) -> dict[str, dict]:
-    """Accuracy against the number of dropped heads (Figure 1), {order: {dropped, holdout, target}}; nothing is chosen.
+def gates_on_frozen_clip(clip, class_features, task, row, seed: int):
+    """Gates (layers, heads) learnt on frozen CLIP without each source in turn, summed up."""
+    total = 0
+    for name in task.train:
+        held_out = {name: task.tests["hold-out"][name]}
+        train_sets = {other: images for other, images in task.train.items() if other != name}
+        fold = common.Task(task.classes, train_sets, {"hold-out": held_out, "target": held_out})
+        own = argparse.Namespace(**{**vars(row), **ROWS["dig"]})
+        own.mmd_grad = "gates" if len(train_sets) > 1 else "none"  # nothing to compare
+        _, learnt = train(clip, class_features, fold, own, seed)
+        total += torch.tensor(learnt["gates"])
+    return total
 
-    Heads of CLIP go in random order, as --drop says, or least gate first, where gates are learnt on frozen CLIP, each
-    source held out once (without L_MMD if that leaves one). Adapt and drop: heads of `adapted`, least of its `gates`.
+
+def drop_curves(clip, adapted, gates, class_features, task, row, seed: int):
+    """{order: {"dropped", "hold-out", "target"}}, accuracies without some heads (Figure 1).
+
+    Heads of CLIP go in random order, as --drop says, or least gate first, where gates are learnt on
+    frozen CLIP. Adapt and drop: heads of the tower `adapted`, least of its `gates` first.
     """
-    frozen, clip_gates, curves, scale = copy.copy(args), 0, {}, model.logit_scale.exp().item()
-    frozen.adapter, frozen.gated, frozen.mmd_grad = None, True, "gates" if len(split.train) > 2 else "none"
-    for name in split.train:
-        others, held_out = {k: v for k, v in split.train.items() if k != name}, {name: split.holdout[name]}
-        fold, visual = common.Split(others, held_out, held_out, held_out), copy.deepcopy(model.visual)
-        clip_gates += torch.tensor(train(visual, features, scale, fold, frozen, seed, lambda row: None)["gates"])
-    orders = {"random": torch.randperm(gates.numel(), generator=torch.Generator().manual_seed(seed)).tolist(),
-              **({"by hand": head_numbers(args.drop, model.visual)} if args.drop else {}),
-              "gates on frozen CLIP": clip_gates.flatten().argsort().tolist(),
-              "adapt and drop": gates.flatten().argsort().tolist()}  # fmt: skip
-    numbers = sorted({len(args.drop), *(round(share * gates.numel()) for share in np.linspace(0, 0.75, 9))})
+    heads, by_hand = gates.numel(), row.drop or []
+    frozen = gates_on_frozen_clip(clip, class_features, task, row, seed)
+    generator = torch.Generator().manual_seed(seed)
+    orders = {"random": torch.randperm(heads, generator=generator).tolist()}
+    if by_hand:
+        orders["by hand"] = [head_names(clip.visual).index(name) for name in by_hand]
+    orders["gates on frozen CLIP"] = frozen.flatten().argsort().tolist()
+    orders["adapt and drop"] = gates.flatten().argsort().tolist()
+    stops = {round(share * heads) for share in np.linspace(0, 0.75, 9)} | {len(by_hand)}
+    curves = {}
     for name, order in orders.items():
-        visual = copy.deepcopy(adapted if name == "adapt and drop" else model.visual)
-        classify = common.clip_classifier(visual, features, args.precision)
-        stops = [number for number in numbers if number <= len(order)]
-        curves[name] = {"dropped": stops, "holdout": [], "target": []}
-        for start, stop in zip([0, *stops], stops):
-            for head in order[start:stop]:
+        visual = copy.deepcopy(adapted if name == "adapt and drop" else clip.visual)
+        curves[name] = curve = {"dropped": [], "hold-out": [], "target": []}
+        for dropped, head in enumerate([None, *order]):
+            if dropped > 0:
                 silence(visual, *divmod(head, gates.shape[1]))
-            for part in ("holdout", "target"):
-                result = common.evaluate(classify, getattr(split, part), args.device, workers=args.workers)
-                curves[name][part].append(result["accuracy"])
+            if dropped in stops:
+                curve["dropped"].append(dropped)
+                for test, accuracy in validate(visual, class_features, task, row).items():
+                    curve[test].append(accuracy)
     return curves
 
 
-def plot_gates(gates: torch.Tensor, title: str, path) -> None:
-    """Heat map of the gates (layers, heads) around 1, the value of an untouched head."""
-    reach = max(0.05, (gates - 1).abs().max().item())
-    figure, axes = plt.subplots(figsize=(1.8 + 0.55 * gates.shape[1], 1.4 + 0.45 * len(gates)), layout="constrained")
-    image = axes.imshow(gates.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
-    for layer, head in itertools.product(*map(range, gates.shape)):
-        shade = "white" if abs(gates[layer, head] - 1) > 0.6 * reach else "black"
-        axes.text(head, layer, f"{gates[layer, head]:.2f}", ha="center", va="center", fontsize=8, color=shade)
-    axes.set(xlabel="head", ylabel="layer", title=title)
-    axes.set_xticks(range(gates.shape[1]), range(1, gates.shape[1] + 1))
-    axes.set_yticks(range(len(gates)), range(1, len(gates) + 1))
-    figure.colorbar(image, label="gate (1: untouched)")
-    common.save_figure(figure, path)
+def analyse(args, task, run, visual, gates, class_features):
+    """--figures: what heads are worth, and what they attend to; in numbers in analysis.npz."""
+    clip, folder = args.clip, run.folder
+    images, labels, _ = next(common.source_batches(task.tests["hold-out"], 128, run.record["seed"]))
+    batch = images.to(clip.device), labels.to(clip.device)
+    importance = head_importance(visual, class_features, clip.logit_scale, *batch)
+    points = {"heads": {"": (gates.flatten(), importance.flatten())}}
+    axes = "gate", "cross-entropy without the head, minus with it"
+    common.plot_panels(points, *axes, folder / "importance.png", style="points")
+    (images,) = task.tests["target"].values()
+    shown = images.subset(np.linspace(0, len(images) - 1, 8))
+    pixels = torch.stack([shown[i][0] for i in range(8)]).to(clip.device)
+    rows = {"image": [shown.picture(i) for i in range(8)]}
+    numbers = {f"image {i}": picture for i, picture in enumerate(rows["image"])}
+    for name, tower in {"CLIP": clip.visual, "purified": visual}.items():
+        maps = cls_attention(tower, pixels).cpu().unflatten(-1, tower.grid_size)
+        rows[f"{name}, last layer"] = maps[-1].mean(1)  # (8, h, w)
+        numbers[f"attention {name}"] = maps  # (layers, 8, heads, h, w)
+    common.plot_images(rows, folder / "attention.png")
+    np.savez(folder / "analysis.npz", gates=gates, importance=importance, **numbers)
 
 
-def plot_attention(towers: dict, gates: torch.Tensor, pictures: common.ImageSet, device, path) -> None:
-    """CLS attention in `towers` {name: tower}: the heads with the least and the greatest gate, and the last layer."""
-    images = pictures.__getitems__(range(len(pictures)))[0].to(device)
-    shown = [common.read_image(p) if isinstance(p, str) else p.permute(1, 2, 0) for p in pictures.images]
-    rows, ends = {"image": shown}, {"least": int(gates.argmin()), "greatest": int(gates.argmax())}
-    for name, visual in towers.items():
-        maps = cls_attention(visual, images).cpu()
-        maps = maps.unflatten(-1, (round(maps.shape[-1] ** 0.5), -1))  # (layers, B, H, h, w)
-        for end, i in ends.items():
-            layer, head = divmod(i, gates.shape[1])
-            rows[f"{name}\n{end} gate: {layer + 1}.{head + 1}"] = maps[layer, :, head]
-        rows[f"{name}\nlast layer, all"] = maps[-1].mean(1)
-    figure, axes = plt.subplots(len(rows), len(shown), figsize=(10.3, 1.1 * len(rows)), layout="constrained")
-    for line, (label, cells) in zip(axes, rows.items()):
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for panel, cell in zip(line, cells):
-            panel.imshow(np.asarray(cell))
-            panel.set(xticks=[], yticks=[])
-    common.save_figure(figure, path)
+# ---------- What the paper compares --------------------------------------------------------------
+# What trains in the image tower. A row may have its own settings, "ha-lora+dig/mmd-grad=both".
+ROWS = {
+    "zero-shot": {"adapter": None, "gated": False},
+    "full": {"adapter": "full", "gated": False},
+    "lora": {"adapter": "lora", "gated": False},
+    "ha-lora": {"adapter": "ha-lora", "gated": False},
+    "dig": {"adapter": None, "gated": True},
+    "lora+dig": {"adapter": "lora", "gated": True},
+    "ha-lora+dig": {"adapter": "ha-lora", "gated": True},
+}
+OURS = "ha-lora+dig"
+PROMPTS = ("file", "ensemble", "coop", "templates")  # a file where --class-features is given
+STUDIES = {
+    "components": list(ROWS),
+    "mmd-target": [
+        *("zero-shot", f"{OURS}/mmd-grad=none", f"{OURS}/mmd-grad=lora", f"{OURS}/mmd-grad=both"),
+        *(f"{OURS}/mmd-at=layers", f"{OURS}/mmd-at=heads", OURS),
+    ],
+    "strategy": ["zero-shot", f"{OURS}/strategy=alternating", f"{OURS}/strategy=two-stage", OURS],
+    "lora-capacity": [
+        *("zero-shot", "lora", "lora/lora-rank=double", "lora/lora-rank=match", "lora+dig"),
+        *("lora+dig/lora-rank=double", "lora+dig/lora-rank=match", "ha-lora", OURS),
+    ],
+    "prompts": [f"{row}/prompt={kind}" for kind in PROMPTS for row in ("zero-shot", OURS)],
+    "drop-heads": ["zero-shot", "ha-lora+dig"],  # and the accuracy without some heads
+}
+
+# ---------- Settings -----------------------------------------------------------------------------
+# name, kind, default, default with the tiny CLIP, what it is
+SETTINGS = [
+    ("rank", common.at_least(1), 2, 2, "r in all layers but the last two (published: 2)"),
+    ("last-rank", common.at_least(1), 8, 8, "r in the last two layers (published: 8)"),
+    ("lora-rank", ("same", "double", "match"), "same", "same", "LoRA's; match: HA-LoRA's size"),
+    ("scale", common.positive, 1.0, 1.0, "s, weight of the low-rank updates (our choice)"),
+    ("alpha", common.at_least(0, float), 1.0, 1.0, "weight of L_MMD (our choice)"),
+    ("mmd-grad", ("none", "lora", "gates", "both"), "gates", "gates", "what L_MMD trains"),
+    ("mmd-at", ("output", "layers", "heads"), "output", "output", "what it compares (our choice)"),
+    ("bandwidths", [common.positive], None, None, "of the kernel (default: a bank, our choice)"),
+    ("strategy", ("joint", "alternating", "two-stage"), "joint", "joint", "(published: joint)"),
+    ("prompt", PROMPTS, "templates", "templates", "what makes the class features"),
+    ("context", common.at_least(1), 4, 4, "words that CoOp learns (published: 4 ... 16)"),
+    ("batch-size", common.at_least(1), 12, 12, "images per source in a step (published: 12)"),
+    ("epochs", common.at_least(1), 40, 4, "passes over the sources (published: 40)"),
+    ("lr", common.positive, 5e-4, 3e-3, "of low-rank factors (our choice)"),
+    ("gate-lr", common.positive, 5e-3, 5e-3, "of gates (our choice)"),
+    ("full-lr", common.positive, 5e-6, 1e-3, "of full fine-tuning (our choice)"),
+    ("weight-decay", common.at_least(0, float), 0.01, 0.01, "of all but gates (our choice)"),
+    ("eval-every", common.at_least(1), 1, 1, "epochs between evaluations"),
+]
+OF_ALL_ROWS = [
+    common.TARGET,
+    common.TEMPLATES,
+    ("class-features", str, None, None, "(C, D) of any other prompt method, .npy; --prompt file"),
+    ("drop", [str], None, None, "LAYER.HEAD ... for --study drop-heads; 1.1 is the first"),
+]
+METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES)
 
 
-def plot_features(towers: dict, images: common.ImageSet, args, path) -> None:
-    """Image features of the target in the plane of their two principal components, one panel for each tower."""
-    figure, axes = plt.subplots(1, len(towers), figsize=(9.5, 4), layout="constrained")
-    for panel, (name, visual) in zip(axes, towers.items()):
-        x = common.outputs(common.image_encoder(visual, args.device, args.precision), images, args.device)
-        plane = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:2].T  # (N, 2)
-        for label, class_name in enumerate(images.classes):
-            panel.scatter(*plane[images.labels == label].T.numpy(), s=5, label=class_name)
-        panel.set(title=name, xlabel="first component", ylabel="second component")
-    if len(images.classes) <= 20:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", markerscale=3)
-    common.save_figure(figure, path)
+def settings():
+    """The command's settings. Raises: InputError for one that would have no effect."""
+    data = common.dataset_names("domains")
+    args = common.flags(METHOD, __doc__, ["zero-shot", "lora", OURS], data, OF_ALL_ROWS)
+    if args.study == "prompts" and not args.class_features:
+        args.modes = [row for row in args.modes if "file" not in row]
+    args = common.settle(args)
+    if args.class_features and "file" not in {row.prompt for row in args.rows.values()}:
+        raise common.InputError("--class-features has no effect without --prompt file")
+    if args.figures and not args.rows[args.modes[-1]].gated:
+        raise common.InputError(f"--figures needs gates in the last row, not {args.modes[-1]}")
+    return args
 
 
-def plot_importance(gates: torch.Tensor, importance: torch.Tensor, path) -> None:
-    """The gate of every head against what the loss on source hold-outs gains by it, with their rank correlation."""
-    ranks = np.stack([values.flatten().argsort().argsort() for values in (gates, importance)])
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    dots = axes.scatter(gates.numpy(), importance.numpy(), c=np.indices(gates.shape)[0] + 1)
-    axes.set(xlabel="gate", ylabel="cross-entropy without the head, minus with it")
-    axes.set_title(f"Spearman's rank correlation {np.corrcoef(ranks)[0, 1]:.2f}")
-    figure.colorbar(dots, label="layer")
-    common.save_figure(figure, path)
+# ---------- main ---------------------------------------------------------------------------------
+def compare(args, task, run):
+    """Train and test every row. The last is exported and pictured before it counts as finished."""
+    clip, seed = args.clip, run.record["seed"]
+    for name, row in args.rows.items():
+        if name in run.rows:
+            continue
+        class_features = prompt_features(clip, task, row, seed)  # (C, D)
+        visual, learnt = clip.visual, {}
+        if row.adapter or row.gated:
+            start = time.perf_counter()
+            visual, learnt = train(clip, class_features, task, row, seed)
+            run.extra[name], seconds = learnt, time.perf_counter() - start
+            print(f"{name}: {learnt['parameters']:,} parameters trained in {seconds:.0f} s")
+        classify = common.clip_classifier(visual, class_features, row.precision)
+        measures = common.evaluate(classify, task.tests, row.device, row.workers)
+        if learnt:
+            measures |= checkpoint_accuracies(learnt["history"])
+        if name == args.modes[-1]:
+            common.export_clip(clip, run.folder / "model", class_features, task.classes, visual)
+        if name == args.modes[-1] and row.gated:
+            gates = torch.tensor(learnt["gates"])  # (layers, heads)
+            path = run.folder / "gates.png"
+            common.plot_heat(gates, f"gates of {name}", "head", "layer", path, center=1)
+            if args.study == "drop-heads":
+                found = drop_curves(clip, visual, gates, class_features, task, row, seed)
+                run.extra["drop"] = found
+            if args.figures:
+                analyse(args, task, run, visual, gates, class_features)
+        run.add(name, measures)
 
 
-def plot_study(args, runs: list[dict]) -> None:
-    """Of the drop-heads study its curves; of the others the accuracies of their modes, and how heads interfere."""
-    stem, names, flat, panels = args.summary.with_suffix(""), args.study != "drop-heads", accuracies(runs), {}
-    for title, part in (("source hold-out", "holdout"), ("target", "target")):
-        panels[title] = {"": ([*args.modes], 100 * np.array([common.seed_means(flat, m, title) for m in args.modes]))}
-        if not names:  # an order of heads takes the place of a mode, a number of dropped heads that of a measure
-            drop = [{**run, "modes": {order: dict(zip(map(str, curve["dropped"]), curve[part]))
-                                      for order, curve in run["drop"].items()}} for run in runs]  # fmt: skip
-            print(f"\n{common.measures_table(f'{title}, %, dropped:', drop)}")
-            panels[title] = {order: ([*map(int, row)], 100 * np.array([common.seed_means(drop, order, n) for n in row]))
-                             for order, row in drop[0]["modes"].items()}  # fmt: skip
-    common.plot_lines(panels, "" if names else "dropped heads", "accuracy, %", f"{stem}.png", names)
-    of = {mode: 100 * np.array([run["modes"][mode].get("interference", []) for run in runs]).T for mode in args.modes}
-    lines = {mode: (range(1, 1 + len(cosines)), cosines) for mode, cosines in of.items() if len(cosines)}
-    common.plot_lines({"updates of two heads": lines}, "layer", "|cosine|, %", f"{stem}-interference.png")
+def report_interference(args, records):
+    """How alike the updates of two heads are, layer by layer: see `interference`."""
+    curves, path = {}, args.summary.with_suffix("")
+    for row, learnt in records[0]["extra"].items():
+        if "interference" in learnt:
+            cosines = [record["extra"][row]["interference"] for record in records]
+            curves[row] = range(1, 1 + len(cosines[0])), np.transpose(cosines)  # (layers, runs)
+    panels = {"updates of two heads": curves}
+    common.plot_panels(panels, "layer", "|cosine|", f"{path}-interference.png")
+    print(f"More pictures are in {path}-*.png")
 
 
-# ---------- Runs -----------------------------------------------------------------------------------
-def accuracies(runs: list[dict]) -> list[dict]:
-    """Accuracies of runs, for `common.measures_table`, with the last mode's on the target minus that of each other."""
-    parts = {"source hold-out": "holdout", "source": "source", "target": "target"}
-    flat = lambda result: {name: result[part]["accuracy"] for name, part in parts.items()}  # noqa: E731
-    runs = [{**run, "modes": {mode: flat(result) for mode, result in run["modes"].items()}} for run in runs]
-    for *others, last in (run["modes"].values() for run in runs):
-        for other in others:
-            other["last minus this"] = last["target"] - other["target"]
-    return runs
-
-
-def describe(result: dict) -> str:
-    text = ", ".join(f"{part} {100 * result[part]['accuracy']:.1f} %" for part in ("holdout", "source", "target"))
-    if "seconds" in result:
-        text += f"; {result['trainable_parameters']:,} trainable parameters ({100 * result['trainable_share']:.1f} %)"
-        text += f", {1000 * result['seconds']['step']:.0f} ms a step"
-    return text
-
-
-def run(args, target: str, seed: int, domains: list[common.Domain], model, preprocess, tokenizer) -> dict:
-    """Train and evaluate every mode for one target and one seed, write the run's folder. Returns the outcome."""
-    # tiny images are drawn in so many poses that they need no augmentation
-    augment = preprocess if args.dataset.startswith("tiny-") else common.image_transform(model, train=True)
-    split = common.leave_one_out(domains, target, preprocess, augment)
-    class_names, scale, results, prompts = domains[0].images.classes, model.logit_scale.exp().item(), {}, {}
-    free = ("data_root", "device", "figures", "output", "resume", "seeds", "summary", "target", "workers")
-    config = {name: value for name, value in vars(args).items() if name not in free}
-    config = json.loads(json.dumps({**config, "modes": list(args.modes), "target": target, "seed": seed}))
-    path = args.output / "headpurify" / (args.study or "") / common.slug(f"{args.dataset}-{target}-seed{seed}")
-    if saved := common.resume(path.with_suffix(".checkpoint"), path / "result.json", config) if args.resume else {}:
-        return {name: saved[name] for name in saved if name != "settings"}
-    with common.run_folder(path) as folder, (folder / "metrics.jsonl").open("w") as metrics:
-        common.write_json(folder / "config.json", config)
-        for name, mode in args.modes.items():
-            if mode.prompt not in prompts:
-                prompts[mode.prompt] = prompt_features(model, tokenizer, class_names, split, mode, seed)
-            features, visual, result = prompts[mode.prompt], copy.deepcopy(model.visual), {}
-            if mode.adapter or mode.gated:
-                log = lambda row: print(json.dumps({"mode": name, **row}), file=metrics, flush=True)  # noqa: E731
-                result = train(visual, features, scale, split, mode, seed, log)
-            classify = common.clip_classifier(visual, features, args.precision)
-            for part in ("holdout", "source", "target"):
-                result[part] = common.evaluate(classify, getattr(split, part), args.device, workers=args.workers)
-            results[name] = result
-            print(f"{name}: {describe(result)}", flush=True)
-        common.export_clip(model, folder / "model", features, class_names, visual)
-        outcome = {"target": target, "seed": seed, "modes": results}
-        if mode.gated:
-            gates, towers = torch.tensor(result["gates"]), {"CLIP": model.visual, name: visual}
-            plot_gates(gates, f"{args.dataset}, target {target}, {name}", folder / "gates.png")
-        if args.study == "drop-heads":
-            outcome["drop"] = drop_curves(model, visual, gates, features, split, args, seed)
-        if args.figures:
-            images, labels, _ = (part.to(args.device) for part in next(common.source_batches(split.holdout, 128, seed)))
-            importance = head_importance(visual, features, scale, images, labels)
-            plot_importance(gates, importance, folder / "importance.png")
-            shown = split.target[target].subset(np.linspace(0, len(split.target[target]) - 1, 8))
-            plot_attention(towers, gates, shown, args.device, folder / "attention.png")
-            plot_features(towers, split.target[target], args, folder / "features.png")
-        common.write_json(folder / "result.json", {"settings": config, **outcome})
-    print(f"\n{common.run_table(f'{args.dataset}, target {target}, seed {seed}, %', results)}\nstored in {path}/\n")
-    return outcome
+def report_dropped_heads(args, records):
+    """Tables and curves of drop-heads: an order of heads takes the place of a row, a number of
+    dropped heads that of a measure."""
+    panels = {}
+    for test in ("hold-out", "target"):
+        dropped = []
+        for record in records:
+            rows = {}
+            for order, curve in record["extra"]["drop"].items():
+                rows[order] = dict(zip(map(str, curve["dropped"]), curve[test]))
+            dropped.append({**record, "rows": rows})
+        print("\n" + common.table(f"{test}, %, heads dropped:", dropped))
+        panels[test] = {}
+        for order, row in rows.items():
+            accuracies = [common.seed_means(dropped, order, number) for number in row]
+            panels[test][order] = list(map(int, row)), accuracies
+    path = args.summary.with_suffix("")
+    common.plot_panels(panels, "dropped heads", "accuracy", f"{path}-curves.png")
 
 
 def main():
     args = settings()
-    place, runs, model = "drawn here" if args.dataset.startswith("tiny-") else f"from {args.data_root}", [], None
-    print(f"data {args.dataset} ({place}), model {args.model}, device {args.device}, {args.precision}", flush=True)
+    domains = common.load_domains(args.dataset, args.data_root, args.seeds[0], args.cue)
+    targets = common.choose_targets(args.target, [domain.name for domain in domains])
+    args.clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
+    names = head_names(args.clip.visual)
+    for name in args.drop or ():
+        if name not in names:
+            raise common.InputError(f"--drop {name}: heads are {names[0]} ... {names[-1]}")
+    records = []
     for seed in args.seeds:
-        domains = common.load_domains(args.dataset, args.data_root, seed, args.cue)
-        targets, class_names = common.choose_targets(args.target, [d.name for d in domains]), domains[0].images.classes
-        sizes = ", ".join(f"{domain.name} {len(domain.images)}" for domain in domains)
-        print(f"images: {sizes}; {len(class_names)} classes", flush=True)
-        if model is None:  # after the data: a missing data set is said before weights are fetched
-            model, preprocess, tokenizer = common.load_clip(args.model, args.pretrained, args.device)
-            head_numbers(args.drop, model.visual)  # asked early
-        runs += [run(args, target, seed, domains, model, preprocess, tokenizer) for target in targets]
-    if args.study or len(runs) > 1:
-        print(common.summary_table(f"{args.dataset}, target accuracy, %", args.modes, runs))
-        print(f"\n{common.measures_table(f'{args.dataset}, %', accuracies(runs))}")
+        for target in targets:
+            print(f"\n{args.dataset}, target {target}, seed {seed}", flush=True)
+            with common.open_run(args, target, seed) as run:
+                if not run.complete:
+                    compare(args, common.load_task(args, target, seed), run)
+            records.append(run.record)
+    common.report(args, records)
+    print("Checkpoints are chosen on the hold-out, the oracle's on the target.")
     if args.study:
-        plot_study(args, runs)
-    if args.summary:
-        common.write_json(args.summary, {"settings": {**vars(args), "modes": list(args.modes)}, "runs": runs})
+        report_interference(args, records)
+    if args.study == "drop-heads":
+        report_dropped_heads(args, records)
 
 
 if __name__ == "__main__":

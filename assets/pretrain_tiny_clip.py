@@ -1,128 +1,173 @@
-"""Make `tiny_clip.safetensors`: a real open_clip CLIP, pretrained from scratch on captioned tiny-world images.
+"""Make the folder `tiny_clip`: a real open_clip CLIP, pretrained on captioned tiny-world images.
 
-    python assets/pretrain_tiny_clip.py            # about half an hour on two CPU cores, seconds per epoch on a GPU
+    python assets/pretrain_tiny_clip.py    # about half an hour on two CPU cores
 
-The skew of the web is imitated: photos are common, paintings and sketches rare; captions leave attributes out and are
-sometimes wrong. So zero-shot accuracy is good, and worse on the rare domains: the gap that the four papers start from.
-The images come from a random stream of their own, and none of them is in a tiny evaluation set.
+The skew of the web is imitated: photos are common, paintings and sketches rare; captions leave
+attributes out and are sometimes wrong. So zero-shot accuracy is good, and worse on the rare
+domains: the gap that the four papers start from. The images come from a random stream of their own,
+and none of them is in a tiny evaluation set.
+
+`open_clip.create_model("local-dir:assets/tiny_clip")` loads the result. Only its tokenizer, one
+token a word, is our own: `WordTokenizer`, with the key "vocabulary" of open_clip_config.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import tiny_world
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-from assets import tiny_world  # noqa: E402
+from tiny_world import BACKGROUNDS, COLORS, OFFICE_CLASSES, SIDE, TINY_DOMAINS, TINY_VOCABULARY
+from torchvision.transforms import v2
 
 CONTEXT = 20  # room for 16 learnt context vectors, a class name and the end token
 MODEL_CONFIG = {
     "embed_dim": 64,
-    "vision_cfg": {"image_size": common.SIDE, "patch_size": 4, "width": 96, "layers": 6, "head_width": 16},
-    "text_cfg": {"context_length": CONTEXT, "vocab_size": len(tiny_world.TINY_VOCABULARY) + 2, "width": 64, "heads": 4, "layers": 3},
+    "vision_cfg": {
+        "image_size": SIDE,
+        "patch_size": 4,
+        "width": 96,
+        "layers": 6,
+        "head_width": 16,
+    },
+    "text_cfg": {
+        "context_length": CONTEXT,
+        "vocab_size": len(TINY_VOCABULARY) + 2,  # and padding, end of text
+        "width": 64,
+        "heads": 4,
+        "layers": 3,
+    },
 }
 PREPROCESS_CONFIG = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 DOMAIN_SHARE = {"photo": 0.72, "cartoon": 0.17, "art_painting": 0.08, "sketch": 0.03}
-DOMAIN_WORDS = {"photo": ("photo",), "cartoon": ("cartoon",), "art_painting": ("painting", "art painting"), "sketch": ("sketch", "drawing")}
-THINGS = common.OFFICE_CLASSES + common.WATERBIRD_CLASSES
+DOMAIN_WORDS = {
+    "photo": ("photo",),
+    "cartoon": ("cartoon",),
+    "art_painting": ("painting", "art painting"),
+    "sketch": ("sketch", "drawing"),
+}
+THINGS = OFFICE_CLASSES + tiny_world.WATERBIRD_CLASSES
 
 
+# ---------- Images and captions ------------------------------------------------------------------
 def draw_corpus(count: int, seed: int, share: dict[str, float]):
-    """Images (count, 3, 32, 32) uint8 and, for each, the words (domain, color, thing, background) that describe it."""
-    rng = common.tiny_rng(seed, "pretraining")
-    domains, images, attributes = rng.choice(list(share), count, p=list(share.values())), [], []
+    """Images (count, 3, 32, 32) uint8 and, for each, the words (domain, color, thing, background)
+    that describe it. share: of the images, for every domain."""
+    rng = tiny_world.tiny_rng(seed, "pretraining")
+    domains = rng.choice(list(share), count, p=list(share.values()))
+    images, attributes = [], []
     for domain in share:
         n = int((domains == domain).sum())
-        things, colors, grounds = (rng.choice(words, n) for words in (THINGS, list(tiny_world.COLORS), list(tiny_world.BACKGROUNDS)))
-        images.append(tiny_world.draw(things, domain, grounds, colors, rng, tiny_world.PRETRAINING_POSE))
+        things = rng.choice(THINGS, n)  # nothing goes with anything: no cue to learn here
+        colors = rng.choice(list(COLORS), n)
+        grounds = rng.choice(list(BACKGROUNDS), n)
+        pose = tiny_world.PRETRAINING_POSE
+        images.append(tiny_world.draw(things, domain, grounds, colors, rng, pose))
         attributes += zip([domain] * n, colors, things, grounds)
     return torch.cat(images), attributes
 
 
 def caption(attributes, rng) -> str:
-    """A caption as the web writes them: attributes left out at random, 8 % wrong words for the thing."""
+    """A caption as the web writes them: attributes left out at random, 8 % wrong words for the
+    thing. Every image gets a new one in every epoch."""
     domain, color, thing, ground = attributes
-    medium = rng.choice(DOMAIN_WORDS[domain]) if rng.random() < 0.7 else rng.choice(("picture", "image"))
-    thing = rng.choice(THINGS) if rng.random() < 0.08 else thing
-    words = [color] * (rng.random() < 0.4) + [thing]
+    if rng.random() < 0.7:
+        medium = rng.choice(DOMAIN_WORDS[domain])
+    else:
+        medium = rng.choice(("picture", "image"))
+    if rng.random() < 0.08:
+        thing = rng.choice(THINGS)
+    words = [color, thing] if rng.random() < 0.4 else [thing]
     rare = ("the", "an") if words[0][0] in "aeiou" else ("the",)
-    words = [rng.choice(rare) if rng.random() < 0.1 else "a", *words]
+    article = rng.choice(rare) if rng.random() < 0.1 else "a"
+    words = [article, *words]
     if rng.random() < 0.9:
         words = ["a", medium, "of", *words]
     if rng.random() < 0.35:
-        words += (["in", "the", ground], ["on", "a", ground, "background"])[rng.integers(2)] if rng.random() < 0.15 else ["on", ground]
+        if rng.random() < 0.15:
+            places = ["in", "the", ground], ["on", "a", ground, "background"]
+            words += places[rng.integers(2)]
+        else:
+            words += ["on", ground]
     return " ".join(words)
 
 
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, h, w) -> float32. Its last bit differs from torchvision's, and the shipped
+    weights depend on it: training keeps this one."""
+    mean = torch.tensor(PREPROCESS_CONFIG["mean"], device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(PREPROCESS_CONFIG["std"], device=pixels.device).view(3, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+# ---------- Training and its check ---------------------------------------------------------------
 def contrastive_loss(image_features, text_features, logit_scale, tokens):
     """CLIP's symmetric loss, where every image with the same caption counts as a positive."""
     logits = logit_scale * image_features @ text_features.T  # (B, B)
-    same = (tokens[:, None] == tokens[None]).all(-1).float()
+    same = (tokens[:, None] == tokens[None]).all(-1).float()  # (B, B)
     share = same / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, share) + F.cross_entropy(logits.T, share)) / 2
 
 
-def zero_shot_table(model, tokenizer, preprocess, per_domain: int, seed: int, device, pose):
-    """Accuracy of 'a photo of a {}' over 16 classes in every domain, on images drawn for this purpose only."""
-    rng, sets, classes = common.tiny_rng(seed, "zero-shot check"), {}, common.OFFICE_CLASSES
-    for domain in common.TINY_DOMAINS:
-        labels = np.arange(per_domain) % len(classes)
-        colors, grounds = (rng.choice(list(words), per_domain) for words in (tiny_world.COLORS, tiny_world.BACKGROUNDS))
-        images = tiny_world.draw([classes[i] for i in labels], domain, grounds, colors, rng, pose)
-        sets[domain] = common.ImageSet(images, torch.from_numpy(labels), classes, transform=preprocess)
-    classify = common.clip_classifier(model.visual, common.class_features(model, tokenizer, classes, device=device))
-    return common.evaluate(classify, sets, device)["per_domain"]
+@torch.no_grad()
+def zero_shot_table(model, tokenizer, per_domain: int, seed: int, pose) -> dict[str, float]:
+    """Accuracy of 'a photo of a {}' over 16 classes in every domain, on images drawn for this
+    purpose only."""
+    rng = tiny_world.tiny_rng(seed, "zero-shot check")
+    device = model.logit_scale.device
+    # what open_clip's own preprocessing does to images that have the right size already
+    numbers = v2.ToDtype(torch.float32, scale=True)
+    preprocess = v2.Compose([numbers, v2.Normalize(**PREPROCESS_CONFIG)])
+    texts = [f"a photo of a {name}." for name in OFFICE_CLASSES]
+    class_features = model.encode_text(tokenizer(texts).to(device), normalize=True)  # (C, D)
+    table = {}
+    for domain in TINY_DOMAINS:
+        labels = np.arange(per_domain) % len(OFFICE_CLASSES)
+        names = [OFFICE_CLASSES[label] for label in labels]
+        colors = rng.choice(list(COLORS), per_domain)
+        grounds = rng.choice(list(BACKGROUNDS), per_domain)
+        images = tiny_world.draw(names, domain, grounds, colors, rng, pose)
+        predictions = []
+        for batch in images.split(256):
+            image_features = model.encode_image(preprocess(batch).to(device), normalize=True)
+            predictions.append((image_features @ class_features.T).argmax(1).cpu())
+        hits = torch.cat(predictions) == torch.from_numpy(labels)
+        table[domain] = hits.double().mean().item()
+    return table
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=40_000)
-    parser.add_argument("--epochs", type=int, default=13)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=20_000, help="far from the seeds of any evaluation")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tiny_clip.safetensors"))
-    args = parser.parse_args()
+def make_optimizer(model, lr: float):
+    """AdamW, as for CLIP without decay of biases and gains."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    decayed = {"params": matrices, "weight_decay": 0.1}
+    return torch.optim.AdamW([decayed, {"params": others, "weight_decay": 0.0}], lr=lr)
 
-    start, device = time.time(), torch.device(args.device)
-    torch.manual_seed(args.seed)
-    rng = common.tiny_rng(args.seed, "captions")
-    images, attributes = draw_corpus(args.images, args.seed, DOMAIN_SHARE)
-    images = images.to(device)
-    print(f"drew {len(images)} images in {time.time() - start:.0f} s", flush=True)
 
-    model = open_clip.CLIP(**MODEL_CONFIG).to(device)
-    tokenizer = common.WordTokenizer(tiny_world.TINY_VOCABULARY, CONTEXT)
-    open_clip.set_model_preprocess_cfg(model, {**PREPROCESS_CONFIG, "size": common.SIDE})
-    preprocess = common.image_transform(model)  # for evaluation, as everybody calls it
-    # the same for training, but for the last bit, on which the shipped weights depend
-    mean, std = (torch.tensor(PREPROCESS_CONFIG[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-    normalize = lambda pixels: (pixels.float() / 255 - mean) / std  # noqa: E731
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    no_decay = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}], lr=args.lr)
+def train(model, tokenizer, images, attributes, args) -> list[dict]:
+    """Pretrain in place. Returns for every epoch: {"epoch", "loss", "zero_shot": {domain: ...}}."""
+    start = time.time()
+    rng = tiny_world.tiny_rng(args.seed, "captions")
     steps_per_epoch = len(images) // args.batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps_per_epoch, pct_start=0.1)
-
+    steps = args.epochs * steps_per_epoch
+    optimizer = make_optimizer(model, args.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=0.1)
     curve = []
     for epoch in range(args.epochs):
-        tokens = tokenizer([caption(row, rng) for row in attributes]).to(device)
-        total, model = 0.0, model.train()
-        for batch in torch.randperm(len(images))[: steps_per_epoch * args.batch_size].view(-1, args.batch_size).to(device):
-            image_features, text_features, logit_scale = model(normalize(images[batch]), tokens[batch])
-            loss = contrastive_loss(image_features, text_features, logit_scale, tokens[batch])
+        tokens = tokenizer([caption(words, rng) for words in attributes]).to(images.device)
+        order = torch.randperm(len(images))[: steps_per_epoch * args.batch_size]
+        total = 0.0
+        model.train()
+        for batch in order.view(-1, args.batch_size).to(images.device):
+            image_features, text_features, scale = model(normalize(images[batch]), tokens[batch])
+            loss = contrastive_loss(image_features, text_features, scale, tokens[batch])
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -130,22 +175,63 @@ def main():
             schedule.step()
             model.logit_scale.data.clamp_(max=np.log(100))
             total += loss.detach()
-        table = zero_shot_table(model.eval(), tokenizer, preprocess, 800, args.seed, device, tiny_world.PRETRAINING_POSE)
-        curve.append({"epoch": epoch + 1, "loss": round(float(total) / steps_per_epoch, 4), "zero_shot": table})
+        loss = round(float(total) / steps_per_epoch, 4)
+        pose = tiny_world.PRETRAINING_POSE
+        table = zero_shot_table(model.eval(), tokenizer, 800, args.seed, pose)
+        curve.append({"epoch": epoch + 1, "loss": loss, "zero_shot": table})
         print(f"{time.time() - start:6.0f} s", json.dumps(curve[-1]), flush=True)
+    return curve
 
-    weights = {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})  # judge what is stored
-    final = {name: zero_shot_table(model, tokenizer, preprocess, 3200, args.seed + 1, device, pose)
-             for name, pose in (("pretraining pose", tiny_world.PRETRAINING_POSE), ("task pose", tiny_world.TASK_POSE))}  # fmt: skip
-    print("zero-shot over 16 classes:", json.dumps(final))
-    metadata = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG, "vocabulary": tiny_world.TINY_VOCABULARY,
-                "training": {**vars(args), "output": None, "domain_share": DOMAIN_SHARE, "seconds": round(time.time() - start)},
-                "curve": curve, "zero_shot": final}  # fmt: skip
-    partial = args.output.with_suffix(".partial")
-    save_file(weights, partial, {key: json.dumps(value) for key, value in metadata.items()})
-    os.replace(partial, args.output)
-    print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
+
+# ---------- Main ---------------------------------------------------------------------------------
+def write_folder(folder: Path, weights: dict, training: dict) -> None:
+    """An open_clip model folder, and `training.json`: how it was made and how good it is."""
+    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}
+    config["vocabulary"] = TINY_VOCABULARY
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "open_clip_model.safetensors")
+    for name, value in (("open_clip_config", config), ("training", training)):
+        (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    folder = Path(__file__).with_name("tiny_clip")
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    parser.add_argument("--images", type=int, default=40_000)
+    parser.add_argument("--epochs", type=int, default=13)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=20_000, help="far from those of evaluations")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=folder)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    start = time.time()
+    torch.manual_seed(args.seed)
+    images, attributes = draw_corpus(args.images, args.seed, DOMAIN_SHARE)
+    print(f"drew {len(images)} images in {time.time() - start:.0f} s", flush=True)
+
+    model = open_clip.CLIP(**MODEL_CONFIG).to(args.device)
+    tokenizer = tiny_world.WordTokenizer(TINY_VOCABULARY, CONTEXT)
+    curve = train(model, tokenizer, images.to(args.device), attributes, args)
+
+    weights = {name: value.half().cpu() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)  # what is stored is what is tested
+    zero_shot = {}
+    for name in ("pretraining pose", "task pose"):
+        pose = tiny_world.TASK_POSE if name == "task pose" else tiny_world.PRETRAINING_POSE
+        zero_shot[name] = zero_shot_table(model, tokenizer, 3200, args.seed + 1, pose)
+    print("zero-shot over 16 classes:", json.dumps(zero_shot))
+
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    settings |= {"domain_share": DOMAIN_SHARE, "seconds": round(time.time() - start)}
+    training = {"training": settings, "curve": curve, "zero_shot": zero_shot}
+    write_folder(args.output, weights, training)
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

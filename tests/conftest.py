@@ -1,5 +1,6 @@
-"""Helpers of several test files: commands run as a user runs them, generated trees in the layouts of real data sets."""
+"""Helpers of several test files: commands as a user runs them, trees in real layouts."""
 
+import json
 import os
 import re
 import shutil
@@ -7,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -19,8 +22,10 @@ def root():
 
 
 def call(arguments, cwd, **environment):
-    command = [sys.executable, *(arguments.split() if isinstance(arguments, str) else arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+    arguments = arguments.split() if isinstance(arguments, str) else arguments
+    options = {"cwd": cwd, "capture_output": True, "text": True}
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, *arguments], env=environment, **options)
 
 
 @pytest.fixture
@@ -36,8 +41,10 @@ def checkout(root, tmp_path):
 
 @pytest.fixture
 def call_main(tmp_path, monkeypatch, capsys):
-    """A method's `main` in this process, in a folder of its own that has results/; returns what it printed, or the
-    message it stopped with."""
+    """A method's `main` in this process, in a folder of its own that has results/.
+
+    Returns what it printed, or the message it stopped with.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
 
@@ -58,30 +65,95 @@ def call_main(tmp_path, monkeypatch, capsys):
 
 def readme_commands(root):
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (root / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    lines = "\n".join(blocks).splitlines()
+    commands = [line.split("#")[0].strip() for line in lines]
+    return [command for command in commands if command]
 
 
 def readme_script(root, command):
-    """Arguments for `call` of a command that the README has word for word; CI has run its `pip install` part."""
+    """Arguments for `call` of a command that the README has; CI has run its `pip install` part."""
     assert command in readme_commands(root)
     return command.split("python ")[-1]
 
 
 @pytest.fixture
 def pacs_tree(tmp_path):
-    """A PACS folder in the real layout: a few small generated JPEGs per class and domain. Returns the data root."""
-    from PIL import Image
-
-    import common
+    """A PACS folder in the real layout: a few JPEGs per class and domain. Returns the data root."""
     from assets import tiny_world
 
-    rng = common.tiny_rng(0, "pacs tree")
-    for domain in common.BENCHMARKS["pacs"].domains:
-        names = [name for name in common.PACS_CLASSES for _ in range(3)]
-        colors, grounds = (rng.choice(list(kinds), len(names)) for kinds in (tiny_world.COLORS, tiny_world.BACKGROUNDS))
-        for i, (name, pixels) in enumerate(zip(names, tiny_world.draw(names, domain, grounds, colors, rng))):
+    rng = tiny_world.tiny_rng(0, "pacs tree")
+    names = np.repeat(tiny_world.PACS_CLASSES, 3)
+    for domain in tiny_world.TINY_DOMAINS:
+        colors = rng.choice(list(tiny_world.COLORS), len(names))
+        grounds = rng.choice(list(tiny_world.BACKGROUNDS), len(names))
+        drawn = tiny_world.draw(names, domain, grounds, colors, rng)
+        for i, (name, pixels) in enumerate(zip(names, drawn)):
             folder = tmp_path / "data" / "PACS" / domain / name
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((64, 48)).save(folder / f"pic_{i:03}.jpg")
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((64, 48))
+            image.save(folder / f"pic_{i:03}.jpg")
     return tmp_path / "data"
+
+
+# the first 12 things of the tiny world
+NAMES = tuple("bird boat car cup dog elephant fish flower giraffe guitar horse house".split())
+
+
+def write_image(path, shade):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 36), (shade % 256, 90, 160)).save(path)
+
+
+@pytest.fixture
+def caltech(tmp_path):
+    """Five classes, an odd number, in CoOp's layout; returns the data root."""
+    parts = {"train": [], "val": [], "test": []}
+    folder = tmp_path / "data" / "caltech-101"
+    for part, count in (("train", 20), ("val", 5), ("test", 4)):
+        for label, name in enumerate(NAMES[:5]):
+            for i in range(count if name != "boat" or part != "train" else 3):
+                file = f"{name}/image_{part}_{i}.jpg"
+                parts[part].insert(0, [file, label, name])
+                write_image(folder / "101_ObjectCategories" / file, 40 * label)
+    (folder / "split_zhou_Caltech101.json").write_text(json.dumps(parts))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def aircraft(tmp_path):
+    folder, number = tmp_path / "data" / "fgvc_aircraft", 1000
+    names = ["house", "art painting", "cup"]  # a name with a space
+    for part in ("train", "val", "test"):
+        lines = []
+        for name in names[::-1]:
+            for _ in range(2):
+                number += 1
+                lines.append(f"{number} {name}")
+                write_image(folder / "images" / f"{number}.jpg", number)
+        (folder / f"images_variant_{part}.txt").write_text("\n".join(lines) + "\n")
+    (folder / "variants.txt").write_text("\n".join(names) + "\n")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Twelve classes, so that folders 10 and 11 of ImageNetV2 sort before 2; four in -A and -R."""
+    data = tmp_path / "data"
+    ids = [f"n{1440764 + 37 * i:08}" for i in range(12)]
+    lists = "".join(f"{identity} {name}\n" for identity, name in zip(ids, NAMES))
+    for base, parts, folders in (
+        ("imagenet", ("images/train", "images/val"), ids),
+        ("imagenetv2", ("imagenetv2-matched-frequency-format-val",), [str(i) for i in range(12)]),
+        ("imagenet-sketch", ("images",), ids),
+        ("imagenet-adversarial", ("imagenet-a",), ids),
+        ("imagenet-rendition", ("imagenet-r",), ids),
+    ):
+        for part in parts:
+            for label, folder in enumerate(folders):
+                if part[-2:] not in ("-a", "-r") or label in (2, 5, 10, 11):
+                    for i in range(2):
+                        write_image(data / base / part / folder / f"{i}.JPEG", 20 * label)
+        (data / base / "classnames.txt").write_text(lists)
+    (data / "imagenet-rendition" / "imagenet-r" / "README.txt").write_text("not a class")
+    (data / "imagenet-sketch" / "images" / ids[0] / ".DS_Store").write_text("not an image")
+    return data

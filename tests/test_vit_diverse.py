@@ -2,9 +2,10 @@
 
 import argparse
 import csv
+import functools
 import itertools
 import json
-import re
+import pickle
 
 import numpy as np
 import open_clip
@@ -12,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import call, readme_script
 from PIL import Image
 from torch import nn
 
 import common
 import vit_diverse
+from assets.tiny_world import draw_waterbirds
 from vit_diverse import (
     DiverseViT,
     collect_heads,
@@ -29,7 +30,8 @@ from vit_diverse import (
     subset_hits,
 )
 
-ARGS = argparse.Namespace(workers=0, device=torch.device("cpu"), precision="fp32", select_by="accuracy", study=None)
+ARGS = argparse.Namespace(workers=0, device=torch.device("cpu"), precision="fp32")
+ARGS.select_by, ARGS.study, ARGS.selected = "accuracy", None, True
 
 
 def small(heads=3, depth=2, dtype=torch.float32, dim=12, dim_head=5, seed=0):
@@ -43,13 +45,14 @@ def regulariser(model, images, **options):
 
 
 def full_attention_logits(model, x, own=None):
-    """The network's end, written plainly: attention of all tokens to all tokens, head by head, from normalised tokens x
-    (B, N, D). own: {i: tokens} that head i reads instead."""
+    """The network's end, written plainly: attention of all tokens to all tokens, head by head, from
+    normalised tokens x (B, N, D). own: {i: tokens} that head i reads instead."""
     last, parts = model.last, []
-    H, d = last.heads, last.qkv.weight.shape[0] // (3 * last.heads)
-    for i in range(H):
-        seen = (own or {}).get(i, x)
-        q, k, v = (F.linear(seen, last.qkv.weight[rows : rows + d]) for rows in (i * d, (H + i) * d, (2 * H + i) * d))
+    d = last.qkv.weight.shape[0] // (3 * last.heads)
+    weights = last.qkv.weight.split(d)  # of q for all heads, then of k, then of v
+    for i in range(last.heads):
+        read = (own or {}).get(i, x)
+        q, k, v = (F.linear(read, weight) for weight in weights[i :: last.heads])
         parts.append(torch.softmax(q @ k.mT / d**0.5, -1) @ v)
     x = last.out(torch.cat(parts, -1))
     x = x + last.mlp(last.mlp_norm(x))
@@ -75,15 +78,16 @@ def slow_loss(model, images, normalize, reduce):
     return total / H**2 if reduce == "mean" else total
 
 
-@pytest.mark.parametrize("normalize, reduce", list(itertools.product(("token", "none"), ("mean", "sum"))))
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("normalize", ["token", "none"])
 def test_regulariser_is_the_slow_loop_over_heads(normalize, reduce):
     model, images = small(dtype=torch.float64), torch.rand(2, 3, 8, 12, dtype=torch.float64)
     fast = regulariser(model, images, normalize=normalize, reduce=reduce)
     slow = slow_loss(model, images, normalize, reduce)
     assert slow.item() > 1e-8 and fast.item() == pytest.approx(slow.item(), rel=1e-9)
     parameters = list(model.parameters())
-    pairs = zip(*(torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (fast, slow)))
-    for got, expected in pairs:  # the keys' part of the last layer, the class token's bias, ...
+    gradients = [torch.autograd.grad(x, parameters, allow_unused=True) for x in (fast, slow)]
+    for got, expected in zip(*gradients):  # the keys' part of the last layer, ...
         assert (got is None) == (expected is None)
         assert got is None or torch.allclose(got, expected, rtol=1e-7, atol=1e-12)
 
@@ -104,18 +108,20 @@ def test_regulariser_gradient_against_finite_differences():
     images = torch.rand(3, 3, 8, 12, dtype=torch.float64)
     regulariser(model, images).backward()
     embedding, block = model.trunk
-    for parameter in (model.last.qkv.weight, model.last.out.weight, block.qkv.weight, embedding.positions):
+    last = model.last
+    for parameter in (last.qkv.weight, last.out.weight, block.qkv.weight, embedding.positions):
         flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
         for index in gradient.abs().topk(3).indices:
-            kept, values = flat[index].item(), []
+            value, losses = flat[index].item(), []
             for step in (1e-6, -1e-6):
-                flat[index] = kept + step
-                values.append(regulariser(model, images).item())
-            flat[index] = kept
-            assert (values[0] - values[1]) / 2e-6 == pytest.approx(gradient[index].item(), rel=1e-4)
+                flat[index] = value + step
+                losses.append(regulariser(model, images).item())
+            flat[index] = value
+            slope = (losses[0] - losses[1]) / 2e-6
+            assert slope == pytest.approx(gradient[index].item(), rel=1e-4)
 
 
-def test_regulariser_is_zero_when_heads_read_disjoint_coordinates_and_largest_when_they_are_one():
+def test_regulariser_is_zero_when_heads_read_other_coordinates_and_largest_when_they_are_one():
     model, images = small(heads=3, dim_head=4), torch.rand(2, 3, 8, 12)
     weight = model.last.qkv.weight.data.view(3, 3, 4, 12)  # (q k v, H, d, D)
     for i in range(3):
@@ -124,7 +130,8 @@ def test_regulariser_is_zero_when_heads_read_disjoint_coordinates_and_largest_wh
     assert vit_diverse.head_cosine(model, images) == 0
     weight[:] = weight[:, :1].clone()
     model.last.out.weight.data = model.last.out.weight.data[:, :4].repeat(1, 3)
-    assert regulariser(model, images).item() == pytest.approx(6 / 9, rel=1e-5)  # all cosines of 3 x 2 pairs are 1
+    largest = 6 / 9  # all cosines of 3 x 2 pairs are 1
+    assert regulariser(model, images).item() == pytest.approx(largest, rel=1e-5)
     assert vit_diverse.head_cosine(model, images) == pytest.approx(1, rel=1e-5)
 
 
@@ -136,23 +143,24 @@ def test_regulariser_refuses_other_options():
         regulariser(model, images, reduce="max")
 
 
-# ------------------------------------------------------------------------------------------ the network
+# ---------- The network --------------------------------------------------------------------------
 
 
 def test_published_network_has_129_tokens_and_506306_parameters():
     model = DiverseViT((64, 32), 4, 2, dim=64, depth=6, heads=4, mlp_dim=128)
     norm = 2 * 64
     layer = norm + 64 * 3 * 4 * 64 + (4 * 64 * 64 + 64) + norm + (64 * 128 + 128) + (128 * 64 + 64)
-    assert sum(p.numel() for p in model.parameters()) == (
-        (4 * 4 * 3 * 64 + 64) + 64 + 129 * 64 + 6 * layer + norm + (64 * 2 + 2)
-    )
-    assert sum(p.numel() for p in model.parameters()) == 506_306
+    embedding = (4 * 4 * 3 * 64 + 64) + 64 + 129 * 64
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters == embedding + 6 * layer + norm + (64 * 2 + 2) == 506_306
     assert model.head_inputs(torch.rand(2, 3, 64, 32)).shape == (4, 2, 129, 64)
 
 
 def test_class_token_query_is_full_attention():
-    model, images = small(heads=4, dtype=torch.float64), torch.rand(5, 3, 8, 12, dtype=torch.float64)
-    assert torch.allclose(model(images), full_attention_logits(model, model.last.norm(model.trunk(images))), atol=1e-12)
+    model = small(heads=4, dtype=torch.float64)
+    images = torch.rand(5, 3, 8, 12, dtype=torch.float64)
+    plain = full_attention_logits(model, model.last.norm(model.trunk(images)))
+    assert torch.allclose(model(images), plain, atol=1e-12)
 
 
 def test_masks():
@@ -160,9 +168,10 @@ def test_masks():
     heads = model.head_outputs(model.head_inputs(images))  # (B, H, d)
     assert torch.equal(model(images, torch.ones(4)), model(images))
     mask = torch.tensor([0.0, 1, 0, 1])
-    kept = torch.stack([0 * heads[:, 0], 2 * heads[:, 1], 0 * heads[:, 2], 2 * heads[:, 3]], 1)  # 4 heads / 2 kept
-    assert torch.allclose(model(images, mask), model.logits(kept), atol=1e-6)
-    every = torch.tensor([[1.0, 1, 1, 1], [0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 0]])  # one for each image
+    scaled = heads * torch.tensor([0, 2, 0, 2])[:, None]  # 2 = 4 heads / 2 in use
+    assert torch.allclose(model(images, mask), model.logits(scaled), atol=1e-6)
+    every = [[1.0, 1, 1, 1], [0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 0]]
+    every = torch.tensor(every)  # one for each image
     together = model(images, every)
     for i in range(5):
         assert torch.allclose(together[i], model(images[i : i + 1], every[i])[0], atol=1e-5)
@@ -178,10 +187,14 @@ def test_image_must_be_whole_patches():
 
 def test_torchvision_network_keeps_its_layers_but_for_the_residual_path():
     torch.manual_seed(0)
-    vit = torchvision.models.VisionTransformer(32, 8, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=64).eval()
-    nn.init.normal_(vit.encoder.layers[-1].self_attention.in_proj_bias)  # zero in a new network, not in a trained one
+    vit = torchvision.models.VisionTransformer(32, 8, 3, num_heads=4, hidden_dim=48, mlp_dim=64)
+    vit.eval()
+    # zero in a new network, not in a trained one
+    nn.init.normal_(vit.encoder.layers[-1].self_attention.in_proj_bias)
+    nn.init.normal_(vit.encoder.pos_embedding)
     changed, images = headwise(vit, 2), torch.rand(3, 3, 32, 32)
-    x = torch.cat([vit.class_token.expand(3, -1, -1), vit._process_input(images)], 1) + vit.encoder.pos_embedding
+    x = torch.cat([vit.class_token.expand(3, -1, -1), vit._process_input(images)], 1)
+    x = x + vit.encoder.pos_embedding
     for layer in vit.encoder.layers[:-1]:
         x = layer(x)
     last = vit.encoder.layers[-1]
@@ -190,22 +203,22 @@ def test_torchvision_network_keeps_its_layers_but_for_the_residual_path():
     x = vit.encoder.ln(x + last.mlp(last.ln_2(x)))[:, 0]
     assert torch.allclose(changed(images), changed.classifier[1](x), atol=1e-5)
     trained = {id(p) for p in changed.parameters()}
-    assert len(trained) == len(list(vit.parameters()))  # a new classifier for the old one, and nothing lost or doubled
+    assert len(trained) == len(list(vit.parameters()))  # a new classifier, nothing lost or doubled
 
 
 def test_clip_tower_keeps_its_layers_but_for_the_residual_path():
-    visual = common.load_clip("tiny")[0].visual
+    visual = common.load_clip("tiny").visual
     changed, images = headwise(visual, 2), torch.rand(3, 3, 32, 32)
-    record = {}
-    hook = visual.transformer.resblocks[-1].register_forward_pre_hook(lambda module, args: record.update(x=args[0]))
-    visual(images)
-    hook.remove()
-    last = visual.transformer.resblocks[-1]
-    x = last.ln_1(record["x"])
+    *layers, last = visual.transformer.resblocks
+    x = visual._embeds(images)
+    for layer in layers:
+        x = layer(x)
+    x = last.ln_1(x)
     x = last.attn(x, x, x)[0]
     x = visual.ln_post((x + last.mlp(last.ln_2(x)))[:, 0])
     assert torch.allclose(changed(images), changed.classifier[1](x), atol=1e-5)
-    assert not any(p.requires_grad for p in visual.parameters()) and all(p.requires_grad for p in changed.parameters())
+    assert not any(p.requires_grad for p in visual.parameters())
+    assert all(p.requires_grad for p in changed.parameters())
 
 
 def test_other_networks_are_refused():
@@ -213,7 +226,7 @@ def test_other_networks_are_refused():
         headwise(open_clip.create_model("RN50").visual, 2)
 
 
-# ------------------------------------------------------------------------------------------ selection
+# ---------- Selection ----------------------------------------------------------------------------
 
 
 def test_subsets_are_all_and_the_larger_ones_come_first():
@@ -228,7 +241,9 @@ def test_subsets_are_all_and_the_larger_ones_come_first():
 
 def small_set(n=40):
     labels, places = torch.arange(n) % 2, torch.arange(n) // 2 % 2
-    pixels = (255 * torch.rand(n, 3, 8, 12, generator=torch.Generator().manual_seed(1))).to(torch.uint8)
+    pixels = (255 * torch.rand(n, 3, 8, 12, generator=torch.Generator().manual_seed(1))).to(
+        torch.uint8
+    )
     return common.ImageSet(pixels, labels, ("a", "b"), 2 * labels + places)
 
 
@@ -246,10 +261,13 @@ def test_selection_equals_running_the_whole_network_with_every_mask():
     chosen, scores = select_heads(model, heads, images.labels)
     assert scores.tolist() == accuracies
     best = [mask for mask, accuracy in zip(masks, accuracies) if accuracy == max(accuracies)]
-    assert chosen.tolist() == best[0].tolist() and chosen.sum() == max(mask.sum() for mask in best)
-    per_group = torch.stack([hits[:, images.groups == group].double().mean(1) for group in range(4)])
+    assert chosen.tolist() == best[0].tolist()
+    assert chosen.sum() == max(mask.sum() for mask in best)
+    by_group = [hits[:, images.groups == group].double().mean(1) for group in range(4)]
+    per_group = torch.stack(by_group)
     chosen, scores = select_heads(model, heads, images.labels, images.groups)
-    assert torch.equal(scores, per_group.amin(0)) and scores[(masks == chosen).all(1)] == scores.max()
+    assert torch.equal(scores, per_group.amin(0))
+    assert scores[(masks == chosen).all(1)] == scores.max()
 
 
 def test_of_equal_subsets_the_larger_is_kept():
@@ -260,270 +278,322 @@ def test_of_equal_subsets_the_larger_is_kept():
 
 
 def test_published_rule_takes_the_best_epoch_and_head_for_each_kind():
-    first = {"val_id": [0.9, 0.6], "test_id": [0.1, 0.2], "val_ood": [0.5, 0.6], "test_ood": [0.3, 0.4]}
-    second = {"val_id": [0.7, 0.8], "test_id": [0.5, 0.6], "val_ood": [0.95, 0.2], "test_ood": [0.7, 0.8]}
-    assert vit_diverse.published_rule([first, second]) == {"id": 0.1, "ood": 0.7}
+    scores = [
+        {
+            "val_id": [0.9, 0.6],
+            "test_id": [0.1, 0.2],
+            "val_ood": [0.5, 0.6],
+            "test_ood": [0.3, 0.4],
+        },
+        {
+            "val_id": [0.7, 0.8],
+            "test_id": [0.5, 0.6],
+            "val_ood": [0.95, 0.2],
+            "test_ood": [0.7, 0.8],
+        },
+    ]
+    best = vit_diverse.published_rule([{"single heads": epoch} for epoch in scores])
+    assert best == {"published id": 0.1, "published ood": 0.7}
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Few images in the tiny sets."""
+    for name in ("draw_digits_and_vehicles", "draw_waterbirds"):
+        draw = functools.partial(getattr(common, name), sizes=(60, 40, 50))
+        monkeypatch.setattr(common, name, draw)
 
 
 def fingerprints(images):
     return {pixels.numpy().tobytes() for pixels in images}
 
 
-def test_heads_are_chosen_on_val_ood_alone_and_no_image_is_in_two_sets():
-    splits = common.load_tiny_mnist_cifar(seed=5, sizes=(60, 40, 50))
-    prints = [fingerprints(images.images) for images in splits.values()]
+def test_heads_are_chosen_on_val_ood_alone_and_no_image_is_in_two_sets(few_images):
+    sets = common.load_parts("tiny-mnist-cifar", seed=5)
+    prints = [fingerprints(images.images) for images in sets.values()]
     assert [len(p) for p in prints] == [60, 40, 50, 40, 50]
     assert all(not a & b for a, b in itertools.combinations(prints, 2))
     torch.manual_seed(0)
     model = DiverseViT((32, 16), 4, 2, 16, 2, 4, 16, dim_head=4).eval()
     with torch.no_grad():  # an untrained network that does not answer the same to every image
-        model.classifier[1].bias -= model(splits["val_ood"].images.float() / 255).mean(0)
-    before = vit_diverse.evaluate(model, splits, {}, ARGS, 0)["selected"]
-    for part in ("train", "val_id", "test_id", "test_ood"):  # none of these may have a say
-        splits[part].labels = 1 - splits[part].labels
-    after = vit_diverse.evaluate(model, splits, {}, ARGS, 0)["selected"]
-    assert after["heads"] == before["heads"] and after["ood"] == pytest.approx(1 - before["ood"])
-    splits["val_ood"].labels = 1 - splits["val_ood"].labels
-    assert vit_diverse.evaluate(model, splits, {}, ARGS, 0)["selected"]["heads"] != before["heads"]
+        model.classifier[1].bias -= model(sets["val_ood"].images.float() / 255).mean(0)
+
+    def tested():
+        heads = {name: collect_heads(model, images, ARGS) for name, images in sets.items()}
+        measures, extra = vit_diverse.evaluate_row(ARGS, model, heads, sets, None, 0)
+        return measures["ood"], extra["heads"]
+
+    ood, chosen = tested()
+    for name in ("train", "val_id", "test_id", "test_ood"):  # none of these may have a say
+        sets[name].labels = 1 - sets[name].labels
+    turned, again = tested()
+    assert again == chosen and turned == pytest.approx(1 - ood)
+    sets["val_ood"].labels = 1 - sets["val_ood"].labels
+    assert tested()[1] != chosen
 
 
-# ------------------------------------------------------------------------------------------ data sets
-
-
-def test_tiny_digit_agrees_with_the_vehicle_as_often_as_said():
-    for split, images in common.load_tiny_mnist_cifar(seed=1).items():
-        agreement = (images.groups % 2 == images.labels).double().mean().item()
-        expected = 0.9 if split in ("train", "val_id", "test_id") else 0.5
-        assert abs(agreement - expected) < 4 * (expected * (1 - expected) / len(images)) ** 0.5
-        assert torch.equal(images.groups // 2, images.labels) and images.images.shape[1:] == (3, 32, 16)
+# ---------- Data sets ----------------------------------------------------------------------------
+def write_mnist(folder, part, numbers):
+    """torchvision's raw files: images (n, 28, 28) of one grey each, the digit its number % 4."""
+    n = len(numbers)
+    pixels = np.broadcast_to(numbers.astype(np.uint8)[:, None, None], (n, 28, 28))
+    header = bytes([0, 0, 8, 3])
+    for size in (n, 28, 28):
+        header += size.to_bytes(4, "big")
+    (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    labels = bytes([0, 0, 8, 1]) + n.to_bytes(4, "big") + bytes(i % 4 for i in range(n))
+    (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
 
 
 @pytest.fixture
 def mnist_cifar_root(tmp_path, monkeypatch):
     """Small MNIST and CIFAR-10 files in torchvision's layouts, every image a number of its own."""
-    import pickle
-
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for part, n, offset in (("train", 60, 0), ("t10k", 40, 60)):
-        labels = np.arange(n, dtype=np.uint8) % 4
-        pixels = np.broadcast_to((np.arange(n, dtype=np.uint8) + offset + 1)[:, None, None], (n, 28, 28))
-        header = bytes([0, 0, 8, 3]) + b"".join(int(x).to_bytes(4, "big") for x in (n, 28, 28))
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + n.to_bytes(4, "big") + labels.tobytes())
+    write_mnist(raw, "train", np.arange(1, 61))
+    write_mnist(raw, "t10k", np.arange(61, 101))
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     for number, name in enumerate(names):
-        n = 40
-        pixels = np.broadcast_to((np.arange(n) + n * number).astype(np.uint8)[:, None], (n, 3072))
-        with (folder / name).open("wb") as file:
-            pickle.dump({"data": pixels, "labels": [(1, 9, 3, 5)[i % 4] for i in range(n)]}, file)
-    with (folder / "batches.meta").open("wb") as file:
-        pickle.dump({"label_names": list("abcdefghij")}, file)
+        greys = np.arange(40 * number, 40 * number + 40).astype(np.uint8)
+        pixels = np.broadcast_to(greys[:, None], (40, 3072))
+        labels = [(1, 9, 3, 5)[i % 4] for i in range(40)]
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    meta = {"label_names": list("abcdefghij")}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
     # torchvision compares checksums with those of the real files
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    cifar = torchvision.datasets.cifar
+    monkeypatch.setattr(cifar.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: True)
     return tmp_path
 
 
 def test_mnist_cifar_from_torchvision_files(mnist_cifar_root):
-    splits = common.load_mnist_cifar(mnist_cifar_root, seed=3)
-    assert list(splits) == ["train", "val_id", "test_id", "val_ood", "test_ood"]
-    assert [len(images) for images in splits.values()] == [100, 4, 16, 4, 16]  # 20 vehicles to test with, 20 / 80
-    seen = {}
-    for split, images in splits.items():
+    sets = common.load_parts("mnist-cifar", mnist_cifar_root, seed=3)
+    assert list(sets) == ["train", "val_id", "test_id", "val_ood", "test_ood"]
+    # 20 vehicles to test with, 20 / 80
+    assert [len(images) for images in sets.values()] == [100, 4, 16, 4, 16]
+    used = {}
+    for part, images in sets.items():
         top, bottom = images.images[:, :, :32], images.images[:, :, 32:]
-        assert images.images.shape[1:] == (3, 64, 32) and top[:, :, :2].max() == 0 and top[:, :, :, 30:].max() == 0
-        number = bottom[:, 0, 0, 0].long()
-        assert torch.equal(number % 4, images.labels)  # 0: automobile, 1: truck, the files hold others too
-        digit = (top[:, 0, 16, 16].long() - 1) % 60 % 4 if split == "train" else (top[:, 0, 16, 16].long() - 61) % 4
-        assert torch.equal(digit, images.groups % 2) and torch.equal(images.groups // 2, images.labels)
-        seen[split] = ({*number.tolist()}, {*top[:, 0, 16, 16].tolist()})
-    for kind, vehicles in itertools.product(("id", "ood"), (0, 1)):  # neither a vehicle nor a digit is in both
-        assert not seen[f"val_{kind}"][vehicles] & seen[f"test_{kind}"][vehicles]
-        assert not seen["val_ood"][vehicles] & seen[f"test_{kind}"][vehicles]
-    again, other = common.load_mnist_cifar(mnist_cifar_root, seed=3), common.load_mnist_cifar(mnist_cifar_root, seed=4)
-    assert torch.equal(again["train"].images, splits["train"].images)
-    assert not torch.equal(other["train"].images, splits["train"].images)
+        assert images.images.shape[1:] == (3, 64, 32)
+        assert top[:, :, :2].max() == 0 and top[:, :, :, 30:].max() == 0
+        vehicle, digit = bottom[:, 0, 0, 0].long(), top[:, 0, 16, 16].long()
+        # 0: automobile, 1: truck; the files hold others too
+        assert torch.equal(vehicle % 4, images.labels)
+        first = 1 if part == "train" else 61
+        assert torch.equal((digit - first) % 4, images.groups % 2)
+        assert torch.equal(images.groups // 2, images.labels)
+        used[part] = {*vehicle.tolist()}, {*digit.tolist()}
+    for kind in ("id", "ood"):
+        for validation, test in zip(used[f"val_{kind}"], used[f"test_{kind}"]):
+            assert not validation & test  # neither a vehicle nor a digit is in both
+        for validation, test in zip(used["val_ood"], used[f"test_{kind}"]):
+            assert not validation & test
+    again = common.load_parts("mnist-cifar", mnist_cifar_root, seed=3)
+    other = common.load_parts("mnist-cifar", mnist_cifar_root, seed=4)
+    assert torch.equal(again["train"].images, sets["train"].images)
+    assert not torch.equal(other["train"].images, sets["train"].images)
 
 
 @pytest.fixture
 def waterbirds_tree(tmp_path):
-    """The released folder's layout with a few drawn birds; groups balanced in val and test, not in train."""
+    """The released folder's layout with a few drawn birds; groups balanced in val and test."""
     folder = tmp_path / "data" / "waterbird_complete95_forest2water2"
     rows = []
-    splits = common.load_tiny_waterbirds(seed=2, sizes=(24, 16, 16))
-    for number, (split, images) in enumerate(splits.items()):
-        for i, pixels in enumerate(images.images):
-            name = f"{i % 3:03}.Bird/{split}_{i}.jpg"
+    for number, (part, drawn) in enumerate(few_waterbirds().items()):
+        for i, (pixels, group) in enumerate(zip(drawn[0], drawn[2].tolist())):
+            name = f"{i % 3:03}.Bird/{part}_{i}.jpg"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((50, 40)).save(folder / name)
-            bird, place = divmod(images.groups[i].item(), 2)
-            rows.append({"img_id": len(rows), "img_filename": name, "y": bird, "split": number, "place": place})
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            image.resize((50, 40)).save(folder / name)
+            rows.append([len(rows), name, group // 2, number, group % 2])
     with (folder / "metadata.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
+        writer = csv.writer(file)
+        writer.writerow(["img_id", "img_filename", "y", "split", "place"])
         writer.writerows(rows)
     return tmp_path / "data"
 
 
+def few_waterbirds():
+    return draw_waterbirds(seed=2, cue=0.95, sizes=(24, 16, 16))
+
+
 def test_waterbirds_folder(waterbirds_tree):
-    parts = common.load_waterbirds(waterbirds_tree)
-    assert {name: len(part) for name, part in parts.items()} == {"train": 24, "val": 16, "test": 16}
-    drawn = common.load_tiny_waterbirds(seed=2, sizes=(24, 16, 16))
+    parts = common.load_parts("waterbirds", waterbirds_tree)
+    assert [len(part) for part in parts.values()] == [24, 16, 16]
+    drawn = few_waterbirds()
+    assert list(parts) == list(drawn)
     for name, part in parts.items():
-        assert torch.equal(part.labels, drawn[name].labels) and torch.equal(part.groups, drawn[name].groups)
+        _, labels, groups = drawn[name]
+        assert torch.equal(part.labels, labels) and torch.equal(part.groups, groups)
         assert all(f"{name}_" in file for file in part.images)
 
 
-@pytest.mark.parametrize("damage, words", [("missing", "tiny-waterbirds"), ("column", "place"), ("empty", "no image")])
-def test_damaged_waterbirds_folder(waterbirds_tree, damage, words):
+def drop_test_rows(text):
+    return "\n".join(line for line in text.splitlines() if ",2," not in line)
+
+
+DAMAGES = {
+    "no metadata.csv": (None, "with columns img_filename"),
+    "no column": (lambda text: text.replace("place", "location"), "place"),
+    "no test images": (drop_test_rows, "no image"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_waterbirds_folder(waterbirds_tree, damage):
+    change, words = DAMAGES[damage]
     file = waterbirds_tree / "waterbird_complete95_forest2water2" / "metadata.csv"
-    if damage == "missing":
-        file.unlink()
-    elif damage == "column":
-        file.write_text(file.read_text().replace("place", "location"))
+    if change:
+        file.write_text(change(file.read_text()))
     else:
-        file.write_text("\n".join(line for line in file.read_text().splitlines() if ",2," not in line))
+        file.unlink()
     with pytest.raises(common.InputError, match=words) as error:
-        common.load_waterbirds(waterbirds_tree)
+        common.load_parts("waterbirds", waterbirds_tree)
     assert str(waterbirds_tree) in str(error.value)
 
 
 def test_waterbirds_id_accuracy_counts_groups_as_training_does():
-    args = argparse.Namespace(**vars(ARGS), dataset="tiny-waterbirds", data_root="data", cue=0.9)
-    splits, weights = vit_diverse.load_splits(args, 0, None, None)
-    share = torch.bincount(splits["train"].groups) / len(splits["train"])
-    hits = torch.rand(len(splits["test_id"]), generator=torch.Generator().manual_seed(0)) < 0.7
-    by_group = torch.stack([hits[splits["test_id"].groups == group].float().mean() for group in range(4)])
-    assert np.average(hits, weights=weights["test_id"]) == pytest.approx((share * by_group).sum().item(), rel=1e-5)
+    args = argparse.Namespace(dataset="tiny-waterbirds", data_root="data", cue=0.9, download=False)
+    sets, weights = vit_diverse.load_sets(args, 0)
+    share = torch.bincount(sets["train"].groups) / len(sets["train"])
+    groups = sets["test_id"].groups
+    hits = torch.rand(len(groups), generator=torch.Generator().manual_seed(0)) < 0.7
+    by_group = torch.stack([hits[groups == group].float().mean() for group in range(4)])
+    expected = (share * by_group).sum().item()
+    assert np.average(hits, weights=weights) == pytest.approx(expected, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ commands
+# ---------- Commands -----------------------------------------------------------------------------
+SMALL = "--epochs 1 --batch-size 20 --depth 2 --dim 16 --dim-head 4 --mlp-dim 16"
 
 
-def test_readme_tables_are_the_committed_runs(root):
-    readme = (root / "README.md").read_text()
-    tables = {
-        "tiny-mnist-cifar": [vit_diverse.result_table, vit_diverse.heads_table, vit_diverse.budget_table],
-        "lambda-tiny-mnist-cifar": [vit_diverse.result_table],
-        "lambda-token-tiny-mnist-cifar": [vit_diverse.result_table],
-        "tiny-waterbirds": [vit_diverse.result_table],
+def result(folder):
+    (file,) = folder.glob("runs/**/result.json")
+    return json.loads(file.read_text()), file.parent
+
+
+def test_the_stored_network_does_what_was_reported(few_images, call_main, tmp_path):
+    call_main(vit_diverse.main, f"{SMALL} --seed 3")
+    record, folder = result(tmp_path)
+    assert list(record["rows"]) == ["erm", "div", "erm+sel", "div+sel"]
+    history = {name: record["extra"][name]["history"][0] for name in ("erm", "div")}
+    assert history["erm"]["loss_ig"] == 0 < history["div"]["loss_ig"]
+    model = DiverseViT((32, 16), 4, 2, 16, 2, 4, 16, dim_head=4).eval()
+    model.load_state_dict(torch.load(folder / "div.pt", weights_only=True))
+    tests = {"test": {"ood": common.load_parts("tiny-mnist-cifar", seed=3)["test_ood"]}}
+    for row in ("div", "div+sel"):
+        heads = record["extra"][row]["heads"]
+        mask = torch.tensor([float(head in heads) for head in (1, 2, 3, 4)])
+        accuracy = common.evaluate(functools.partial(model, head_mask=mask), tests)
+        assert accuracy["test"] == record["rows"][row]["ood"]
+
+
+def files(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
-    for name, makers in tables.items():
-        stored = json.loads((root / "results" / f"vit_diverse-{name}.json").read_text())
-        title = f"{stored['settings']['dataset']}, {len(stored['runs'])} seeds"
-        for make in makers:
-            assert f"```text\n{make(title, stored['runs'])}\n```" in readme
-        if name == "tiny-mnist-cifar":
-            assert [run["seed"] for run in stored["runs"]] == list(range(10))
 
 
-QUICK = "vit_diverse.py --epochs 1 --batch-size 200 --depth 2 --dim 16 --dim-head 4 --mlp-dim 16"
+@pytest.mark.parametrize("rows_before", [1, 2, 3])
+def test_an_interrupted_run_continues_to_the_same_bytes(
+    rows_before, few_images, call_main, tmp_path, monkeypatch
+):
+    arguments = f"{SMALL} --figures --protocol published --output"
+    call_main(vit_diverse.main, f"{arguments} whole")
+    evaluate_row, calls = vit_diverse.evaluate_row, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) > rows_before:
+            raise common.InputError("power cut")
+        return evaluate_row(*arguments)
+
+    monkeypatch.setattr(vit_diverse, "evaluate_row", interrupted)
+    assert "power cut" in call_main(vit_diverse.main, f"{arguments} parts")
+    monkeypatch.setattr(vit_diverse, "evaluate_row", evaluate_row)
+    call_main(vit_diverse.main, f"{arguments} parts --resume")
+    whole = files(tmp_path / "whole")
+    assert len(whole) == 7  # result, two networks, numbers and pictures of heads
+    assert files(tmp_path / "parts") == whole
 
 
-@pytest.mark.slow
-def test_main_job(checkout, root):
-    """The README's command, its network made small: four rows, the files, the same numbers twice."""
-    readme_script(root, "python vit_diverse.py")
-    results = []
-    for folder in ("one", "two"):
-        done = call(f"{QUICK} --seed 3 --protocol published --output {folder}", checkout)
-        assert done.returncode == 0, done.stderr
-        for row in ("ERM", "DIV", "ERM+SEL", "DIV+SEL", "ERM+SEL, published rule*", "DIV+SEL, published rule*"):
-            assert re.search(rf"^{re.escape(row)} +\d\d\.\d +\d\d\.\d", done.stdout, re.M), done.stdout
-        assert "it/s" not in done.stderr
-        run = checkout / folder / "vit_diverse" / "tiny-mnist-cifar-seed3"
-        files = {"config.json", "metrics.jsonl", "result.json", "erm.pt", "div.pt"}
-        assert {file.name for file in run.iterdir()} == files
-        results.append(json.loads((run / "result.json").read_text())["methods"])
-        for method in results[-1].values():
-            method["seconds"] = None
-    assert results[0] == results[1]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["ERM", "DIV"] and rows[0]["loss_ig"] == 0 < rows[1]["loss_ig"]
-
-    model = DiverseViT((32, 16), 4, 2, 16, 2, 4, 16, dim_head=4).eval()  # the stored network does what was reported
-    model.load_state_dict(torch.load(run / "div.pt", weights_only=True))
-    test = common.load_tiny_mnist_cifar(3)["test_ood"]
-    for row in (results[1]["DIV"]["all"], results[1]["DIV"]["selected"]):
-        mask = torch.tensor([float(head in row["heads"]) for head in (1, 2, 3, 4)])
-        accuracy = common.evaluate(lambda images, mask=mask: model(images, mask), {"test": test})
-        assert (accuracy["accuracy"], accuracy["worst_group"]) == (row["ood"], row["worst_group"])
+def test_rows_share_a_training_where_they_differ_in_selection_alone():
+    rows = ["erm", "div+sel/lambda=1", "erm+sel/select-by=worst-group", "div/lambda=1", "div"]
+    groups = vit_diverse.trainings(dict.fromkeys(rows))
+    assert {name: list(own) for name, own in groups.items()} == {
+        "erm": ["erm", "erm+sel/select-by=worst-group"],
+        "div/lambda=1": ["div+sel/lambda=1", "div/lambda=1"],
+        "div": ["div"],
+    }
 
 
-@pytest.mark.parametrize("study", ["budget", "lambda"])
-def test_studies(checkout, study):
-    seeds = (0, 1) if study == "budget" else (0,)
-    done = call(f"{QUICK} --seeds {' '.join(map(str, seeds))} --study {study} --lambdas 0 10 --figures "
-                "--summary all.json", checkout)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = checkout / "runs" / "vit_diverse" / "tiny-mnist-cifar-figures"
-    assert {file.name for file in figures.iterdir()} == {"heads.png", f"{study}.png"}
-    for file in figures.iterdir():
-        with Image.open(file) as image:
-            assert image.width > 600
-    runs = json.loads((checkout / "all.json").read_text())["runs"]
-    assert tuple(run["seed"] for run in runs) == seeds
-    if study == "budget":
-        assert re.search(r"n = 8 +n = 16 +n = 32 +n = 64", done.stdout)
-        draws = runs[0]["methods"]["DIV"]["budget"]
-        assert {n: len(values) for n, values in draws.items()} == dict.fromkeys(
-            ("8", "16", "32", "64"), vit_diverse.DRAWS
-        )
-    else:
-        assert list(runs[0]["methods"]) == ["lambda 0", "lambda 10"]
+def test_study_lambda_sweeps_around_the_lambda_of_the_data_set(few_images, call_main, tmp_path):
+    call_main(vit_diverse.main, f"{SMALL} --study lambda --lambda 10")
+    record, _ = result(tmp_path)
+    weights = ["0", "0.1", "1", "10", "100"]
+    assert [name for name in record["rows"] if "sel" not in name] == [
+        f"div/lambda={weight}" for weight in weights
+    ]
+    curves = Image.open(tmp_path / "results" / "vit_diverse-lambda-tiny-mnist-cifar-curves.png")
+    assert curves.width > 600
 
 
-def test_waterbirds_with_a_clip_tower(checkout, waterbirds_tree):
-    done = call(f"vit_diverse.py --dataset waterbirds --data-root {waterbirds_tree} --model tiny --epochs 1 "
-                "--workers 0 --select-by worst-group", checkout)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads((checkout / "runs" / "vit_diverse" / "waterbirds-seed0" / "result.json").read_text())
-    assert all(0 <= result["methods"][name]["selected"]["worst_group"] <= 1 for name in ("ERM", "DIV"))
-    assert len(result["methods"]["ERM"]["robust"]) == 6
+def test_study_budget(monkeypatch, few_images, call_main, tmp_path):
+    monkeypatch.setattr(vit_diverse, "BUDGETS", (4, 8))
+    printed = call_main(vit_diverse.main, f"{SMALL} --seeds 0 1 --study budget")
+    assert "n = 4  " in printed and "all of val_ood" in printed
+    stored = tmp_path / "results" / "vit_diverse-budget-tiny-mnist-cifar.json"
+    for record in json.loads(stored.read_text())["records"]:
+        for row in ("erm+sel", "div+sel"):
+            draws = record["extra"][row]["budget"]
+            assert {n: len(values) for n, values in draws.items()} == {"4": 50, "8": 50}
+    assert stored.with_name(f"{stored.stem}-curves.png").exists()
+
+
+def test_waterbirds_with_a_clip_tower(waterbirds_tree, call_main, tmp_path):
+    arguments = f"--dataset waterbirds --data-root {waterbirds_tree} --model tiny --epochs 1"
+    call_main(vit_diverse.main, f"{arguments} --workers 0 --select-by worst-group")
+    record, _ = result(tmp_path)
+    assert all(0 <= row["worst group"] <= 1 for row in record["rows"].values())
+    assert len(record["extra"]["erm"]["robust"]) == 6
 
 
 @pytest.mark.slow
-def test_tiny_waterbirds(checkout, root):
-    done = call(readme_script(root, "python vit_diverse.py --dataset tiny-waterbirds") + " --epochs 1", checkout)
-    assert done.returncode == 0 and re.search(r"^DIV\+SEL +\d\d\.\d", done.stdout, re.M), done.stderr
-
-
-@pytest.mark.slow
-def test_waterbirds_with_torchvision_from_a_file(checkout, waterbirds_tree, tmp_path):
+def test_waterbirds_with_torchvision_from_a_file(waterbirds_tree, call_main, tmp_path):
     torch.manual_seed(0)
     torch.save(torchvision.models.vit_b_16().state_dict(), tmp_path / "vit.pt")
-    done = call(f"vit_diverse.py --dataset waterbirds --data-root {waterbirds_tree} --pretrained {tmp_path / 'vit.pt'} "
-                "--epochs 1 --batch-size 8", checkout)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads((checkout / "runs" / "vit_diverse" / "waterbirds-seed0" / "result.json").read_text())
-    assert len(result["methods"]["DIV"]["robust"]) == 12
+    arguments = f"--dataset waterbirds --data-root {waterbirds_tree} --epochs 1 --batch-size 8"
+    call_main(vit_diverse.main, f"{arguments} --pretrained {tmp_path / 'vit.pt'} --workers 0")
+    record, _ = result(tmp_path)
+    assert len(record["extra"]["div"]["robust"]) == 12
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ("--dataset tiny-mnist", ("tiny-mnist", "did you mean 'tiny-mnist-cifar'")),
-        ("--dataset mnist-cifar", ("MNIST/raw", "cifar-10-batches-py", "--download", "tiny-mnist-cifar")),
-        ("--dataset waterbirds --model tiny", ("metadata.csv", "img_filename, y, split, place", "tiny-waterbirds")),
-        ("--dataset waterbirds --model scratch", ("--model scratch", "waterbirds")),
-        ("--dataset waterbirds --pretrained nothing.pt", ("vit_b_16", "nothing.pt", "--pretrained FILE")),
-        ("--dataset tiny-waterbirds --cue 3", ("--cue", "3.0")),
-        ("--heads 0", ("--heads must be at least 1", "got 0")),
-        ("--heads 17", ("17 heads",)),
-        ("--lambda -1", ("lambda must be 0 or more", "-1")),
-        ("--summary nowhere/all.json", ("--summary", "nowhere")),
-        ("--model ViT-B-33", ("ViT-B-33", "did you mean")),
-    ],
-)
-def test_wrong_flag_is_one_clear_error(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["vit_diverse.py", *arguments.split()])
-    with pytest.raises(SystemExit) as stop:
-        common.command(vit_diverse.main)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and all(word in error for word in words), error
-    assert not list(tmp_path.glob("runs/**/*"))[1:]
+BIRDS = "--dataset tiny-waterbirds"
+REFUSED = {
+    "--dataset tiny-mnist": ["'tiny-mnist'", "did you mean 'tiny-mnist-cifar'"],
+    "--dataset mnist-cifar": ["MNIST/raw", "cifar-10-batches-py", "--download"],
+    "--dataset waterbirds": ["metadata.csv", "img_filename, y, split, place"],
+    f"{BIRDS} --model vit_b_16 --pretrained nothing.pt": ["vit_b_16", "--pretrained FILE"],
+    f"{BIRDS} --model ViT-B-33": ["ViT-B-33", "did you mean"],
+    f"{BIRDS} --cue 3": ["--cue", "between 0 and 1"],
+    f"{BIRDS} --depth 3": ["--depth has no effect", "tiny"],
+    f"{BIRDS} --download": ["--download has no effect"],
+    "--cue 0.5": ["--cue has no effect"],
+    "--pretrained vit.pt": ["--pretrained has no effect", "scratch"],
+    "--modes erm/div-lr=1": ["erm/div-lr=1"],
+    "--heads 0": ["--heads", "at least 1"],
+    "--heads 17": ["17 heads"],
+    "--lambda -1": ["--lambda", "at least 0, got -1"],
+    "--summary nowhere/all.json": ["--summary", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_wrong_flag_is_one_clear_error(arguments, few_images, call_main, tmp_path):
+    error = call_main(vit_diverse.main, arguments)
+    assert error.startswith("error: ")
+    assert all(words in error for words in REFUSED[arguments]), error
+    assert not (tmp_path / "runs").exists()
