@@ -146,21 +146,6 @@ class BetaMovingAverage(nn.Module):
 
 
 # ---------- Training (Algorithm 1) ---------------------------------------------------------------
-def loss_of(row, output, class_features, labels, logit_scale: float) -> torch.Tensor:
-    """Cross-entropy of a linear classifier's output (B, C), or the loss of features (B, D)."""
-    if row.loss == "linear":
-        return F.cross_entropy(output.float(), labels)
-    features = F.normalize(output.float(), dim=-1)
-    return margin_metric_softmax(features, class_features, labels, logit_scale, row.margin)
-
-
-def average_of(row, model: nn.Module, steps: int) -> BetaMovingAverage:
-    """The average that a row asks for, with its number."""
-    numbers = {"bma": row.beta, "ema": row.ema, "wise-ft": row.wise_ft, "uniform": 0.0}
-    shares = average_shares(row.average, numbers[row.average], steps)
-    return BetaMovingAverage(model, steps, shares=shares)
-
-
 def training_parts(clip, rows: dict, class_features, steps: int) -> dict:
     """All that changes in a training: a copy of the image tower, its optimizer, its averages."""
     row = next(iter(rows.values()))
@@ -177,7 +162,9 @@ def training_parts(clip, rows: dict, class_features, steps: int) -> dict:
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     for name, own in rows.items():
         if own.average:
-            parts[name] = average_of(own, model, steps)
+            numbers = {"bma": own.beta, "ema": own.ema, "wise-ft": own.wise_ft, "uniform": 0}
+            shares = average_shares(own.average, numbers[own.average], steps)
+            parts[name] = BetaMovingAverage(model, steps, shares=shares)
     return parts
 
 
@@ -208,17 +195,22 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
 
     yield models, state | {name: part.state_dict() for name, part in parts.items()}
     for epoch in range(state["epoch"], row.epochs):
-        torch.manual_seed(seed * 1000 + epoch)  # for augmentation
-        batches = common.source_batches(
-            image_sets, row.batch_size, seed * 1000 + epoch, row.workers
-        )
+        epoch_seed = seed * 1000 + epoch
+        torch.manual_seed(epoch_seed)  # for augmentation
+        batches = common.source_batches(image_sets, row.batch_size, epoch_seed, row.workers)
         model.train()
         title = f"{'/'.join(rows)} {epoch + 1}"
         for step in tqdm(range(row.steps_per_epoch), title, leave=False, disable=None):
             images, numbers, _ = next(batches)  # (S b, 3, h, w), (S b,)
+            y = labels[numbers]
             with common.autocast(clip.device, clip.precision):
-                output = model(images.to(clip.device, non_blocking=True))  # (S b, D)
-            loss = loss_of(row, output, class_features, labels[numbers], clip.logit_scale)
+                output = model(images.to(clip.device, non_blocking=True))  # (S b, D or C)
+            if row.loss == "linear":
+                loss = F.cross_entropy(output.float(), y)
+            else:
+                features = F.normalize(output.float(), dim=-1)
+                scale, margin = clip.logit_scale, row.margin
+                loss = margin_metric_softmax(features, class_features, y, scale, margin)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             where = f"step {epoch * row.steps_per_epoch + step + 1} of seed {seed}"
@@ -504,9 +496,8 @@ def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> Non
 
 def example_scores(clip, models: dict, rows: dict, task, text_features) -> dict:
     """Figure 6, for a picture of your own: scores (60, C) of images of the last test, by row."""
-    *_, sets = task.tests.values()
-    *_, images = sets.values()
-    chosen = np.linspace(0, len(images) - 1, min(60, len(images))).astype(int)
+    *_, images = list(task.tests.values())[-1].values()
+    chosen = np.linspace(0, len(images) - 1, min(60, len(images)), dtype=int)
     images, scores = images.subset(chosen), {"images": chosen.tolist()}
     for name, row in rows.items():
         own = models[name], row, first(task.train).classes, images.classes
@@ -552,8 +543,8 @@ def trainings(rows: dict) -> list[dict]:
     groups = {}
     for name, row in reversed(rows.items()):
         trajectory = tuple(getattr(row, setting) for setting in OF_TRAJECTORY)
-        groups.setdefault(trajectory, []).append(name)
-    return [{name: rows[name] for name in reversed(names)} for names in reversed(groups.values())]
+        groups.setdefault(trajectory, {})[name] = row
+    return [dict(reversed(group.items())) for group in reversed(groups.values())]
 
 
 # ---------- Settings -----------------------------------------------------------------------------
@@ -561,13 +552,7 @@ TASKS = ("domain-shift", "open-class", "in-the-wild")
 PARTED = [name for name, row in common.DATASETS.items() if "template" in row]
 OF_ALL_ROWS = [
     common.TARGET,
-    (
-        "task",
-        TASKS,
-        None,
-        None,
-        "unseen domains, classes, or both (domain-shift if it has domains)",
-    ),
+    ("task", TASKS, None, None, "unseen domains, classes, or both (domain-shift if it can)"),
     ("protocol", ("whole", "official"), "whole", "whole", "target: all, or 20 % as authors' code"),
     ("shots", common.at_least(1), 16, 16, "training images per class of few-shot sets (published)"),
     ("templates", [str], None, None, "prompts, averaged; or: ensemble (default: see below)"),
@@ -610,10 +595,9 @@ def defaults_table() -> str:
         for name, row in own.items():
             cells = [f"{row[column]:g}" for column in columns]
             rows[f"{task}, {name}"] = [*cells, row.get("source", "our choice")]
-    templates = {name: common.DATASETS[name]["template"] for name in PARTED}
-    lines = [f"  {name:14} {text}" for name, text in templates.items()]
+    prompts = [f"  {name:14} {common.DATASETS[name]['template']}" for name in PARTED]
     table = common.format_table("defaults", [*columns, "source"], rows)
-    return "\n".join([table, "", "prompt of a data set (any other: a photo of a {}.)", *lines])
+    return "\n".join([table, "", "prompts (any other data set: a photo of a {}.)", *prompts])
 
 
 def preset(args) -> dict:
@@ -712,9 +696,8 @@ def main():
 def main_measure(records: list[dict]) -> str:
     """What a task is about; a linear classifier has no H."""
     measures = common.measures_of(records)
-    return next(
-        name for name in ("target", "total", "H", "average OOD", "base") if name in measures
-    )
+    names = ("target", "total", "H", "average OOD", "base")
+    return next(name for name in names if name in measures)
 
 
 if __name__ == "__main__":

@@ -796,7 +796,7 @@ def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(method.name, description=doc, formatter_class=raw, allow_abbrev=False)
     data = parser.add_argument_group("what is compared, on what")
-    names = ", ".join(datasets)
+    names = ", ".join(datasets) + " or folder:PATH" * ("pacs" in datasets)
     data.add_argument("--dataset", default=datasets[0], help=f"{names} (default: {datasets[0]})")
     rows = f"rows of the table, the last is the method: {', '.join(method.rows)}; a row may have "
     rows += f"settings of its own, {modes[-1]}/lr=1e-3 (default: {' '.join(modes)})"
@@ -899,7 +899,7 @@ def read_row(text: str, args: argparse.Namespace) -> argparse.Namespace:
 
 # ---------- 6. Runs ------------------------------------------------------------------------------
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
-    "data_root device workers output resume seeds target summary figures download study "
+    "data_root device workers output resume seeds target source summary figures download study "
     "method more rows clip"
 ).split()
 

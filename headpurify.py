@@ -232,10 +232,8 @@ def train(clip, class_features, task, row, seed: int) -> tuple:
     count = sum(parameter.numel() for parameter in weights + gates)
     share = count / sum(parameter.numel() for parameter in visual.parameters())
     learnt = {"parameters": count, "share": share, "history": history}
-    if row.gated:
-        learnt["gates"] = [layer.gates().tolist() for layer in layers]  # (layers, heads)
-    if layers and weights:
-        learnt["interference"] = interference(layers)  # (layers,)
+    learnt["gates"] = [layer.gates().tolist() for layer in layers]  # (layers, heads)
+    learnt["interference"] = interference([layer for layer in layers if layer.rank])
     if layers:
         merge(visual)
     return visual.eval(), learnt
@@ -544,7 +542,7 @@ def report_interference(args, records):
     """How alike the updates of two heads are, layer by layer: see `interference`."""
     curves, path = {}, args.summary.with_suffix("")
     for row, learnt in records[0]["extra"].items():
-        if "interference" in learnt:
+        if learnt.get("interference"):
             cosines = [record["extra"][row]["interference"] for record in records]
             curves[row] = range(1, 1 + len(cosines[0])), np.transpose(cosines)  # (layers, runs)
     panels = {"updates of two heads": curves}

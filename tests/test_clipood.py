@@ -630,7 +630,7 @@ def test_killed_run_is_resumed_exactly(command, two_domains, tmp_path, monkeypat
     """Stopped in the second epoch of the second training, then continued: the same bytes."""
     line = (
         f"--dataset folder:{two_domains} --target photo --modes zero-shot ms mms mms+bma "
-        f"--eval-every 1 {QUICK}"
+        f"--eval-every 1 --figures {QUICK}"
     )
     command(f"{line} --output quiet")
     (quiet,) = (tmp_path / "quiet" / "clipood").iterdir()
