@@ -44,7 +44,7 @@ def interference(record: dict) -> dict:
     """headpurify: |cosine| between the low-rank updates of two heads, averaged over layers."""
     rows = {}
     for row, extra in record["extra"].items():
-        if "interference" in extra:
+        if extra.get("interference"):  # only rows with low-rank updates have some
             rows[row] = {"|cosine|": float(np.mean(extra["interference"]))}
     return rows
 
