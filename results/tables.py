@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import vit_diverse
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ("README.md", "results/README.md")
@@ -79,13 +80,9 @@ def heads(record: dict) -> dict:
 def budget(record: dict) -> dict:
     """vit_diverse: OOD accuracy with heads chosen on n labelled OOD images, mean of the draws."""
     rows = {}
-    for row, extra in record["extra"].items():
-        if "budget" in extra:
-            numbers = {"all heads": record["rows"][row]["ood"]}
-            for n, draws in extra["budget"].items():
-                numbers[f"n = {n}"] = float(np.mean(draws))
-            numbers["all of val_ood"] = record["rows"][f"{row}+sel"]["ood"]
-            rows[f"{row}+sel"] = numbers
+    for row, numbers in vit_diverse.budget_table(record).items():
+        all_heads = record["rows"][row.replace("+sel", "")]["ood"]
+        rows[row] = {"all heads": all_heads, **numbers}
     return rows
 
 
