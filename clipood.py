@@ -642,8 +642,8 @@ def compare(args, clip, task: common.Task, run, seed: int, text_features) -> Non
             if name == args.modes[-1] and row.loss != "linear":  # which is no CLIP
                 own = text_features(task.classes), task.classes, models[name]
                 common.export_clip(clip, run.folder / "model", *own)
-            run.add(name, test(clip, models[name], row, task, text_features))
-            run.save({"/".join(rows): state})  # trained already, if it is killed here
+            measures = test(clip, models[name], row, task, text_features)
+            run.add(name, measures, {"/".join(rows): state})  # trained, if it is killed here
     if "scores" in run.extra:
         np.savez(run.folder / "analysis.npz", **run.extra.pop("scores"))
     if run.extra:
@@ -670,8 +670,8 @@ def main():
     if isinstance(data, list):
         targets = common.choose_targets(args.target, [domain.name for domain in data])
     clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
-    tiny = args.dataset.startswith("tiny-")  # drawn in so many poses that it needs no augmentation
-    augment = clip.preprocess if tiny else clip.augment
+    tiny = args.dataset.startswith("tiny-")
+    augment = common.training_transform(clip, args.dataset)
 
     @functools.cache
     def text_features(classes):

@@ -343,12 +343,9 @@ def leave_one_out(domains: list[Domain], target: str, preprocess, augment) -> Ta
     )
 
 
-def load_task(args, target: str, seed: int) -> Task:
-    """What one run of --dataset may see, with the transforms of `args.clip`."""
-    domains = load_domains(args.dataset, args.data_root, seed, args.cue)
-    tiny = args.dataset.startswith("tiny-")  # drawn in so many poses that it needs no augmentation
-    augment = args.clip.preprocess if tiny else args.clip.augment
-    return leave_one_out(domains, target, args.clip.preprocess, augment)
+def training_transform(clip: Clip, dataset: str) -> Callable:
+    """CLIP's augmentation; none for tiny data, which are drawn in so many poses."""
+    return clip.preprocess if dataset.startswith("tiny-") else clip.augment
 
 
 class EndlessSampler(Sampler):
@@ -922,12 +919,12 @@ class Run:
     def extra(self) -> dict:
         return self.record["extra"]
 
-    def add(self, row: str, measures: dict[str, float]) -> None:
-        """A row is finished: print its numbers and keep them."""
+    def add(self, row: str, measures: dict[str, float], state: dict | None = None) -> None:
+        """A row is finished: print its numbers and keep them, with what others go on from."""
         self.rows[row] = measures
         shown = [f"{name} {100 * x:.1f}" for name, x in measures.items() if "/" not in name]
         print(f"{row}: {', '.join(shown)} %", flush=True)
-        self.save()
+        self.save(state)
 
     def save(self, state: dict | None = None) -> None:
         """Replace the checkpoint in one go: a kill while it is written leaves the one before."""

@@ -287,9 +287,11 @@ def retrieve_captions(row, clip, own, classes, description):
         texts = [phrase.format(name) for name in classes for phrase in phrases]
         texts = text_features(clip, description, texts)
         texts = texts.view(len(classes), len(phrases), -1)  # (C, P, D)
-        for i, label in enumerate(own.labels):
-            nearest = (texts[label] @ own.features[i]).argmax()
-            captions[i] = phrases[nearest].format(captions[i])
+        for label in own.labels.unique():
+            images = (own.labels == label).nonzero()[:, 0]
+            chosen = (own.features[images] @ texts[label].T).argmax(1)  # all images of a class
+            for i, phrase in zip(images.tolist(), chosen.tolist()):
+                captions[i] = phrases[phrase].format(captions[i])
     return captions
 
 
