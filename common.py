@@ -1,41 +1,32 @@
-"""Everything the four method files share, in the order a run uses it.
+"""What the four method files share: data sets, CLIP, MMD, evaluation.
 
 1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches
 2. CLIP         `load_clip` and what travels with a CLIP, learned prompts, export
 3. MMD          `mmd2`
 4. Evaluation   `evaluate`, `outputs`
-5. Settings     flags, and rows of a table that lay their own settings over them
-6. Runs         `open_run`: a folder that appears when it is complete, or can be continued
-7. Tables       means over targets and seeds, paired differences, what they say
-8. Pictures     lines and points, heat map, images, rows of a table
+
+What any command needs comes from modules in assets/, and is called `common.X` like the rest:
+settings.py (flags; rows with settings of their own), runs.py (`open_run`: a folder that appears
+when it is complete, or can be continued), report.py (tables and pictures of records), pictures.py.
 
 Four words: a **Task** is what one run may see, a **row** is one line of a table, a **run** is one
 target and seed, and a **record** is what a run leaves: {"target", "seed", "rows": {row: {measure:
 number}}, "extra"}. A measure is a name and a number in [0, 1]; `target/photo`: a part of `target`.
 
-A method file imports this file and libraries, never another method file. `assets/tiny_world.py`
-paints the `tiny-` sets and knows the tiny CLIP's words; `InputError` comes from there too.
+A method file imports this file and libraries, never another method file; `assets/` never imports
+this file.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import difflib
 import hashlib
 import json
 import logging
-import math
-import os
 import re
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import open_clip
 import torch
@@ -53,6 +44,34 @@ from assets.benchmarks import (
     read_folders,
     read_waterbirds_table,
 )
+from assets.pictures import plot_heat as plot_heat
+from assets.pictures import plot_images as plot_images
+from assets.pictures import plot_panels as plot_panels
+from assets.report import closing_line as closing_line
+from assets.report import format_table as format_table
+from assets.report import gain as gain
+from assets.report import measures_of as measures_of
+from assets.report import paired as paired
+from assets.report import percent as percent
+from assets.report import plot_curves as plot_curves
+from assets.report import report as report
+from assets.report import seed_means as seed_means
+from assets.report import table as table
+from assets.report import target_table as target_table
+from assets.runs import Run as Run
+from assets.runs import command as command
+from assets.runs import open_run as open_run
+from assets.runs import write_json
+from assets.settings import TARGET as TARGET
+from assets.settings import TEMPLATES as TEMPLATES
+from assets.settings import Method as Method
+from assets.settings import at_least as at_least
+from assets.settings import did_you_mean
+from assets.settings import flags as flags
+from assets.settings import positive as positive
+from assets.settings import settle as settle
+from assets.settings import share as share
+from assets.settings import slug as slug
 from assets.tiny_world import (
     OFFICE_CLASSES,
     PACS_CLASSES,
@@ -64,11 +83,8 @@ from assets.tiny_world import (
     draw_digits_and_vehicles,
     draw_domain,
     draw_waterbirds,
-    tiny_rng,
 )
-
-__all__ = ["tiny_rng"]  # the method files draw with it too
-matplotlib.use("Agg")  # no window
+from assets.tiny_world import tiny_rng as tiny_rng
 
 
 # ---------- 1. Data ------------------------------------------------------------------------------
@@ -264,12 +280,6 @@ def image_transform(model: nn.Module, train: bool = False) -> Callable:
     numbers = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     numbers += [v2.Normalize(config["mean"], config["std"]), v2.ToPureTensor()]
     return v2.Compose([*crop, *numbers])
-
-
-def did_you_mean(wrong: str, names) -> str:
-    names = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(wrong.lower(), names, n=1)
-    return f" (did you mean {names[close[0]]!r}?)." if close else "."
 
 
 def choose_targets(text: str, names: list[str], what: str = "target") -> list[str]:
@@ -687,603 +697,3 @@ def evaluate(classify: Callable, tests: dict, device="cpu", workers=0, batch_siz
             for domain, own in hits.items():
                 measures[f"{test}/{domain}"] = own.mean().item()
     return measures
-
-
-# ---------- 5. Settings --------------------------------------------------------------------------
-# A setting is a tuple (name, kind, default, default with the tiny CLIP, help). Its kind says what
-# may be given: a function that reads a text or refuses it, a tuple of choices, [kind] for several,
-# bool for a switch. A method's own settings may also be set by single rows of its tables.
-def at_least(low: float, number: Callable = int) -> Callable:
-    """A kind of setting: a finite number that is `low` or more; whole unless `number` is float."""
-
-    def read(text: str):
-        try:
-            value = number(text)
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not low <= value < math.inf:
-            whole = "a whole number" if number is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {whole}, at least {low}, got {text}")
-        return value
-
-    return read
-
-
-def positive(text: str) -> float:
-    """A kind of setting: a finite number above 0."""
-    value = at_least(0, float)(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def share(text: str) -> float:
-    """A kind of setting: a number between 0 and 1."""
-    value = at_least(0, float)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return value
-
-
-COMMON_SETTINGS = [
-    ("data-root", str, "data", "data", "folder that holds the benchmarks' folders"),
-    ("cue", share, None, None, "tiny data: share of images on their class's background"),
-    ("model", str, None, None, "tiny, open_clip's name, hf-hub:... or local-dir:..."),
-    ("pretrained", str, None, None, "tag or file (openai; its weights in a FILE: NAME-quickgelu)"),
-    ("device", str, "auto", "auto", "auto, cpu, cuda, cuda:1 or mps"),
-    ("precision", ("auto", "fp32", "bf16", "fp16"), "auto", "auto", "auto: bf16 where a GPU can"),
-    ("workers", at_least(0), None, None, "processes that read images (4; tiny data 0)"),
-    ("output", Path, Path("runs"), Path("runs"), "folder of all runs"),
-    ("summary", Path, None, None, "also write the records of all runs to this JSON file"),
-    ("resume", bool, False, False, "keep complete runs, continue interrupted ones"),
-    ("figures", bool, False, False, "write analysis.npz and more pictures into the runs' folders"),
-]
-
-
-TARGET = ("target", str, "sketch", "sketch", "held-out domain: name, its start, number, or all")
-PROMPT = ["a photo of a {}."]
-TEMPLATES = ("templates", [str], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
-
-
-class Parser(argparse.ArgumentParser):
-    """One line says what is wrong, where argparse would print the usage of all flags before it."""
-
-    def error(self, message):
-        raise InputError(message.removeprefix("argument "))
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a script has to offer: its settings, and the rows and studies they are compared in."""
-
-    name: str
-    settings: list[tuple]
-    rows: dict[str, dict]
-    studies: dict[str, list[str]]
-
-
-def add_settings(group, settings: list[tuple]) -> None:
-    """Make a flag of every setting. What is not given stays None until `settle`."""
-    for name, kind, default, tiny, text in settings:
-        if default is not None and kind is not bool:
-            text += f" (default: {default}" + (")" if tiny == default else f"; tiny CLIP: {tiny})")
-        options = {"help": text.replace("%", "%%"), "default": None}
-        if kind is bool:
-            options["action"] = "store_true"
-        elif isinstance(kind, tuple):
-            options["choices"] = kind
-        elif isinstance(kind, list):
-            options |= {"type": kind[0], "nargs": "+"}
-        else:
-            options["type"] = kind
-        group.add_argument(f"--{name}", **options)
-
-
-def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=(), argv=None):
-    """Read the command line.
-
-    Args:
-        method: its settings become flags.
-        doc: the script's docstring, for --help.
-        modes: rows that are compared by default; the last one is the method itself.
-        datasets: names for --dataset, the default first.
-        more: settings of this script that say what a run sees, so that no single row may set them.
-    Returns: a namespace in which what was not given is None.
-    """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(method.name, description=doc, formatter_class=raw, allow_abbrev=False)
-    data = parser.add_argument_group("what is compared, on what")
-    names = ", ".join(datasets) + " or folder:PATH" * ("pacs" in datasets)
-    data.add_argument("--dataset", default=datasets[0], help=f"{names} (default: {datasets[0]})")
-    rows = f"rows of the table, the last is the method: {', '.join(method.rows)}; a row may have "
-    rows += f"settings of its own, {modes[-1]}/lr=1e-3 (default: {' '.join(modes)})"
-    data.add_argument("--modes", nargs="+", metavar="ROW", help=rows)
-    study = "a comparison of the paper in place of --modes; writes results/<method>-<study>-..."
-    data.add_argument("--study", choices=method.studies, help=study)
-    data.add_argument("--seeds", "--seed", type=at_least(0), nargs="+", default=[0])
-    add_settings(data, more)
-    add_settings(parser.add_argument_group("method and training"), method.settings)
-    add_settings(parser.add_argument_group("model, device, output"), COMMON_SETTINGS)
-    args = parser.parse_args(argv)
-    if args.study and args.modes:
-        raise InputError("--study and --modes both say what to compare: give one of them")
-    args.modes = method.studies[args.study] if args.study else args.modes or modes
-    args.method, args.more = method, list(more)
-    return args
-
-
-def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Namespace:
-    """Fill in what was not given, check what can be checked before anything is loaded, read rows.
-
-    Args:
-        args: of `flags`.
-        preset: {name: default} that comes before those of the settings; it depends on the data set.
-    Returns: args, with `rows`: {text: its settings}, see `read_row`.
-    Raises: InputError for values that do not go together.
-    """
-    preset = dict(preset or {})
-    tiny_data = args.dataset.startswith("tiny-")
-    if args.cue is not None and not tiny_data:
-        raise InputError(f"--cue {args.cue} is for tiny data and has no effect on {args.dataset}")
-    preset.setdefault("cue", 0.95 if args.dataset == "tiny-waterbirds" else 0.4)
-    preset.setdefault("workers", 0 if tiny_data else 4)
-    args.model = args.model or preset.get("model") or ("tiny" if tiny_data else "ViT-B-16")
-    if args.model == "tiny" and args.pretrained:
-        raise InputError(f"--pretrained {args.pretrained} has no effect with --model tiny")
-    if args.study:
-        name = f"{args.method.name}-{args.study}-{slug(args.dataset)}.json"
-        preset.setdefault("summary", Path("results", name))
-    for name, _, default, tiny, _ in [*COMMON_SETTINGS, *args.more, *args.method.settings]:
-        key = name.replace("-", "_")
-        if getattr(args, key) is None:
-            usual = tiny if args.model == "tiny" else default
-            setattr(args, key, preset.get(key, usual))
-    if args.summary and not args.summary.parent.is_dir():
-        folder = args.summary.parent
-        raise InputError(f"--summary {args.summary}: there is no folder {folder}; make it first")
-    settle_device(args)
-    args.rows = {text: read_row(text, args) for text in args.modes}
-    return args
-
-
-def settle_device(args: argparse.Namespace) -> None:
-    """Turn --device and --precision into what is there."""
-    wanted = args.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        args.device = torch.device(wanted)
-    except RuntimeError:
-        hint = "use auto, cpu, cuda, cuda:1 or mps"
-        raise InputError(f"--device {wanted!r} is not a device; {hint}") from None
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
-    if args.precision == "fp16" and args.device.type == "cpu":
-        raise InputError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
-    if args.precision == "auto":
-        bf16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        args.precision = "bf16" if bf16 else "fp32"
-
-
-def read_row(text: str, args: argparse.Namespace) -> argparse.Namespace:
-    """A row `name/setting=value/...`: the command's settings, then its name's, then its own on top.
-
-    Raises: InputError for a name that the method does not have, or a setting that no row may set.
-    """
-    method = args.method
-    name, *own = text.split("/")
-    if name not in method.rows:
-        hint = did_you_mean(name, method.rows)
-        raise InputError(f"--modes: no row {name!r}{hint} Choose from {', '.join(method.rows)}.")
-    allowed = [setting[0] for setting in method.settings]
-    for setting in own:
-        wrong = setting.partition("=")[0]
-        if wrong not in allowed or "=" not in setting:
-            hint = did_you_mean(wrong, allowed)
-            raise InputError(
-                f"--modes {text}: cannot read {setting!r}{hint} A row may set "
-                f"{', '.join(allowed)}, as in {name}/{allowed[0]}=VALUE."
-            )
-    parser = Parser(allow_abbrev=False)
-    add_settings(parser, method.settings)
-    try:
-        given = vars(parser.parse_args([f"--{setting}" for setting in own]))
-    except InputError as error:
-        raise InputError(f"--modes {text}: {error}") from None
-    given = {key: value for key, value in given.items() if value is not None}
-    return argparse.Namespace(**{**vars(args), **method.rows[name], **given, "name": text})
-
-
-# ---------- 6. Runs ------------------------------------------------------------------------------
-NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
-    "data_root device workers output resume seeds target source summary figures download study "
-    "method more rows clip"
-).split()
-
-
-@dataclass
-class Run:
-    """One target and seed: the folder it writes, and what it has found so far."""
-
-    folder: Path
-    settings: dict
-    record: dict  # {"target", "seed", "rows": {row: {measure: number}}, "extra"}
-    complete: bool = False
-    state: dict | None = None  # of a row that was interrupted
-
-    @property
-    def rows(self) -> dict[str, dict]:
-        return self.record["rows"]
-
-    @property
-    def extra(self) -> dict:
-        return self.record["extra"]
-
-    def add(self, row: str, measures: dict[str, float], state: dict | None = None) -> None:
-        """A row is finished: print its numbers and keep them, with what others go on from."""
-        self.rows[row] = measures
-        shown = [f"{name} {100 * x:.1f}" for name, x in measures.items() if "/" not in name]
-        print(f"{row}: {', '.join(shown)} %", flush=True)
-        self.save(state)
-
-    def save(self, state: dict | None = None) -> None:
-        """Replace the checkpoint in one go: a kill while it is written leaves the one before."""
-        saved = {"settings": self.settings, "record": self.record, "state": state}
-        replace_file(self.folder / "checkpoint.pt", saved)
-
-
-def replace_file(path: Path, value) -> None:
-    """torch.save in one go. Raises: InputError if it cannot be written; the file before stays."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}; make room, then --resume") from None
-
-
-@contextlib.contextmanager
-def open_run(args, target: str, seed: int, label: str = ""):
-    """A run's folder, the one place where runs touch the disk.
-
-    It appears as OUTPUT/<method>/<study>/<data set>-<label>-<target>-seed<seed> when the run is
-    complete; until then it is called .<name>.partial. With --resume a complete run is read
-    (`run.complete`) and an interrupted one continued, if its settings are these. A run that fails
-    leaves its checkpoint, if it has one, and else nothing.
-
-    Raises: InputError if the place cannot be written, or holds a run with other settings.
-    """
-    name = slug("-".join(part for part in (args.dataset, label, target, f"seed{seed}") if part))
-    final = args.output / args.method.name / (args.study or "") / name
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_OF_A_RUN}
-    settings = json.loads(json.dumps({**settings, "target": target, "seed": seed}, default=str))
-    record = {"target": target, "seed": seed, "rows": {}, "extra": {}}
-    run = Run(final.with_name(f".{name}.partial"), settings, record)
-    old = final.with_name(f".{name}.old")
-    if old.exists() and not final.exists():  # a kill came while the new run took its place
-        old.rename(final)
-    if args.resume:
-        resume(run, final)
-    if run.complete:
-        yield run
-        return
-    made = make_folder(run.folder, keep=bool(run.rows or run.state))
-    try:
-        yield run
-        run.record = json.loads(json.dumps(run.record))
-        write_json(run.folder / "result.json", {"settings": settings, **run.record})
-    except BaseException:
-        if (run.folder / "checkpoint.pt").exists():
-            print(f"{len(run.rows)} finished rows are kept: --resume continues", flush=True)
-        else:
-            shutil.rmtree(run.folder, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # it holds other runs, or the checkpoint
-                folder.rmdir()
-        raise
-    if final.exists():
-        final.rename(old)
-    run.folder.rename(final)
-    (final / "checkpoint.pt").unlink(missing_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
-    run.folder = final
-
-
-def make_folder(path: Path, keep: bool) -> list[Path]:
-    """Make an empty folder (with `keep`, leave what it holds). Returns: the folders above it that
-    had to be made, the deepest first. Raises: InputError if it cannot be made."""
-    missing_folders = [folder for folder in path.parents if not folder.exists()]
-    try:
-        if path.exists() and not keep:
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = error.strerror or error
-        raise InputError(
-            f"cannot write results to {path.parent}: {why}; choose another --output"
-        ) from None
-    return missing_folders
-
-
-def resume(run: Run, final: Path) -> None:
-    """Fill a run with what an interrupted one left in its folder, or a complete one in `final`."""
-    checkpoint, result = run.folder / "checkpoint.pt", final / "result.json"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        record, found = saved["record"], checkpoint
-    elif result.exists():
-        record, found = json.loads(result.read_text()), result
-        saved = {"settings": record.pop("settings"), "state": None}
-    else:
-        return
-    changed = []
-    for key in run.settings:
-        before, now = saved["settings"].get(key), run.settings[key]
-        if before != now:
-            changed.append(f"{key} {before!r}, now {now!r}")
-    if changed:
-        raise InputError(
-            f"--resume: {found} has other settings ({'; '.join(changed)}); give those, or leave "
-            "--resume out to start anew"
-        )
-    run.record, run.state, run.complete = record, saved["state"], found == result
-    if run.complete:
-        run.folder = final
-        (final / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"--resume: found {found}", flush=True)
-
-
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n")
-
-
-def slug(text: str) -> str:
-    """A name as a file name: lower case, anything unusual becomes `_`."""
-    return re.sub(r"[^a-z0-9.-]+", "_", text.lower()).strip("_")
-
-
-def command(main: Callable) -> None:
-    """Run a script's `main`; an `InputError` becomes one clear message and exit code 2."""
-    try:
-        main()
-    except InputError as error:  # from a reader process the message arrives inside a traceback
-        print("error:", str(error).rsplit("InputError: ", 1)[-1].strip(), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-# ---------- 7. Tables ----------------------------------------------------------------------------
-# All of them read records: [{"target", "seed", "rows": {row: {measure: number in [0, 1]}}}, ...]
-def percent(values: list[float]) -> str:
-    """`62.1` for one value, `62.1 ± 0.4` (mean, sample standard deviation) for several."""
-    values = 100 * np.asarray(values, float)
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
-
-
-def format_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> str:
-    """Text columns: names at the left, cells at the right of their columns."""
-    cells = [[title, *columns], *([name, *row] for name, row in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for name, *row in cells:
-        aligned = [cell.rjust(width) for cell, width in zip(row, widths[1:])]
-        lines.append("  ".join([name.ljust(widths[0]), *aligned]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def seed_means(records: list[dict], row: str, measure: str) -> list[float]:
-    """A row's number averaged over targets, for every seed; [] where it has none."""
-    by_seed = {}
-    for record in records:
-        if measure in record["rows"][row]:
-            by_seed.setdefault(record["seed"], []).append(record["rows"][row][measure])
-    return [float(np.mean(values)) for values in by_seed.values()]
-
-
-def paired(records: list[dict], row: str, other: str, measure: str) -> tuple[float, float, int]:
-    """What a row is above another. Both saw the same images in every run, so differences are taken
-    within runs and averaged over the targets of a seed; their spread is that between seeds.
-
-    Returns: (mean, standard error over seeds, number of seeds); nan for the error of one seed.
-    """
-    gains = np.subtract(seed_means(records, row, measure), seed_means(records, other, measure))
-    error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else math.nan
-    return float(gains.mean()), float(error), len(gains)
-
-
-def gain(mean: float, error: float, seeds: int) -> str:
-    """`+1.3 (se 0.8, 5 seeds)`, in percentage points; see `paired`."""
-    spread = f"se {100 * error:.1f}, {seeds} seeds" if seeds > 1 else "1 seed"
-    return f"{100 * mean:+.1f} ({spread})"
-
-
-def measures_of(records: list[dict]) -> list[str]:
-    """What tables show: the measures of the row that has most, without parts `target/photo`."""
-    longest = max(records[0]["rows"].values(), key=len)
-    return [name for name in longest if "/" not in name]
-
-
-def table(title: str, records: list[dict], versus: str | None = None) -> str:
-    """A column for each measure: averages over the targets of a seed, mean ± deviation over seeds,
-    - where a row lacks it. With `versus`, a measure: what the last row gains over each other."""
-    measures, rows = measures_of(records), {}
-    *_, last = records[0]["rows"]
-    for row in records[0]["rows"]:
-        numbers = [seed_means(records, row, measure) for measure in measures]
-        rows[row] = [percent(values) if values else "-" for values in numbers]
-        if versus:
-            both = seed_means(records, row, versus) and seed_means(records, last, versus)
-            differ = row != last and both
-            rows[row].append(gain(*paired(records, last, row, versus)) if differ else "-")
-    return format_table(title, [*measures, "last minus this"] if versus else measures, rows)
-
-
-def target_table(title: str, records: list[dict], measure: str = "target") -> str:
-    """The papers' table: a column for each target and for their average, mean ± deviation."""
-    targets = list(dict.fromkeys(record["target"] for record in records))
-    rows = {}
-    for row in records[0]["rows"]:
-        columns = []
-        for target in targets:
-            own = [record for record in records if record["target"] == target]
-            columns.append(seed_means(own, row, measure))
-        columns.append(seed_means(records, row, measure))
-        rows[row] = [percent(values) if values else "-" for values in columns]
-    return format_table(title, [*targets, "average"], rows)
-
-
-def closing_line(records: list[dict], measure: str = "target") -> str:
-    """What the table says: which row is best, by how much, and whether seeds agree on that."""
-    means = {row: seed_means(records, row, measure) for row in records[0]["rows"]}
-    means = {row: np.mean(values) for row, values in means.items() if values}
-    *_, last = means
-    best, *others = sorted(means, key=means.get, reverse=True)
-    text = f"Best {measure} accuracy: {best}, {100 * means[best]:.1f} %."
-    if best != last:
-        others = [last]
-    for other in others[:1]:
-        mean, error, seeds = paired(records, best, other, measure)
-        text += f" It is {gain(mean, error, seeds)} above {other}: "
-        if seeds == 1:
-            text += "one seed says nothing about chance, try --seeds 0 1 2 3 4."
-        elif mean > 2 * error:
-            text += "more than two standard errors."
-        else:
-            text += "less than two standard errors, seeds do not agree on it."
-    return text
-
-
-def report(args, records: list[dict], measure: str = "target") -> None:
-    """Tables over all runs, what they say, and which files were written."""
-    title = f"{args.dataset}, {len(records)} run{'s' * (len(records) > 1)}, %"
-    print("\n" + table(title, records, measure if len(records) > 1 else None))
-    if len({record["target"] for record in records}) > 1:
-        print("\n" + target_table(f"{args.dataset}, {measure} accuracy, %", records, measure))
-    print("\n" + closing_line(records, measure))
-    print(f"Runs are in {args.output / args.method.name / (args.study or '')}/")
-    if args.summary:
-        settings = {
-            k: v for k, v in vars(args).items() if k not in ("method", "rows", "more", "clip")
-        }
-        write_json(args.summary, {"settings": settings, "records": records})
-        print(f"Records are in {args.summary}")
-    if args.study:
-        plot_rows(records, measures_of(records), args.summary.with_suffix(".png"))
-        print(f"A picture is in {args.summary.with_suffix('.png')}")
-
-
-# ---------- 8. Pictures --------------------------------------------------------------------------
-def save_figure(figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def add_legend(figure, axes, panels: int) -> None:
-    """Below the panels, in as many columns as fit."""
-    handles, labels = axes.get_legend_handles_labels()
-    if not any(labels):
-        return
-    columns = max(1, 45 * panels // (6 + max(map(len, labels))))
-    lines = (len(labels) - 1) // columns
-    figure.set_figheight(figure.get_figheight() + 0.2 * lines)
-    columns = min(len(labels), columns)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
-
-
-def plot_panels(
-    panels: dict, x_label: str, y_label: str, path: Path, style="lines", **axes
-) -> None:
-    """A panel for each title of {title: {label: (x, y)}}: lines, where y (n,) or, for mean and
-    deviation, (n, seeds); or, with style "points", points."""
-    size = (4.2 * len(panels), 3.6)
-    figure, row = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for panel, (title, curves) in zip(row[0], panels.items()):
-        for label, (x, y) in curves.items():
-            if style == "points":
-                panel.scatter(x, y, s=10 if len(x) > 100 else 30, alpha=0.7, label=label)
-                continue
-            y = np.asarray(y).reshape(len(x), -1)
-            error = y.std(1, ddof=1) if y.shape[1] > 1 else None
-            marker = "." if len(x) < 50 else ""
-            panel.errorbar(x, y.mean(1), error, marker=marker, capsize=3, label=label)
-        panel.set(title=title, xlabel=x_label, ylabel=y_label, **axes)
-    add_legend(figure, row[0, -1], len(panels))
-    save_figure(figure, path)
-
-
-def plot_rows(records: list[dict], measures: list[str], path: Path) -> None:
-    """Every row's numbers, rows one below the other: averages over targets, mean and deviation over
-    seeds; a panel for each measure."""
-    rows = list(records[0]["rows"])
-    size = (1.5 + 3 * len(measures), 1.2 + 0.28 * len(rows))
-    options = {"figsize": size, "layout": "constrained", "squeeze": False, "sharey": True}
-    figure, panels = plt.subplots(1, len(measures), **options)
-    for panel, measure in zip(panels[0], measures):
-        for place, row in enumerate(rows):
-            values = 100 * np.array(seed_means(records, row, measure))
-            if len(values):
-                error = values.std(ddof=1) if len(values) > 1 else None
-                panel.errorbar(values.mean(), place, xerr=error, capsize=3, fmt="o", color="C0")
-        panel.set(title=measure, xlabel="%")
-        panel.grid(axis="x", alpha=0.3)
-    panels[0, 0].set_yticks(range(len(rows)), rows)
-    panels[0, 0].invert_yaxis()  # the first row on top
-    save_figure(figure, path)
-
-
-def plot_heat(
-    values, title: str, x_label: str, y_label: str, path, center=None, names=None
-) -> None:
-    """A table (rows, columns) of numbers as colours, written into the cells where they fit.
-
-    center: the value that is white, red above and blue below it. names: (of columns, of rows) in
-    place of numbers from 1.
-    """
-    values = np.asarray(values)
-    rows, columns = values.shape
-    names = names or (range(1, columns + 1), range(1, rows + 1))
-    size = (2.2 + 0.5 * columns, 1.6 + 0.42 * rows)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    scale = {}
-    if center is not None:
-        reach = max(0.05, np.abs(values - center).max())
-        scale = {"cmap": "RdBu_r", "vmin": center - reach, "vmax": center + reach}
-    image = axes.imshow(values, aspect="auto", **scale)
-    for row, column in np.ndindex(values.shape) if columns <= 20 else ():
-        r, g, b, _ = image.cmap(image.norm(values[row, column]))
-        ink = "white" if 0.3 * r + 0.6 * g + 0.1 * b < 0.5 else "black"
-        cell = {"ha": "center", "va": "center", "fontsize": 8, "color": ink}
-        axes.text(column, row, f"{values[row, column]:.2f}", **cell)
-    longest = max(len(str(name)) for name in names[0])
-    axes.set_xticks(range(columns), names[0], rotation=90 if longest > 3 else 0)
-    axes.set_yticks(range(rows), names[1])
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    figure.colorbar(image)
-    save_figure(figure, path)
-
-
-def plot_images(rows: dict[str, list], path: Path, titles=None, frames=None) -> None:
-    """A line of pictures (h, w, 3) or (h, w) for each label.
-
-    titles: above the first line. frames: {label: a colour or None for each of its pictures}.
-    """
-    columns = max(map(len, rows.values()))
-    size = (1.3 + columns, 1.08 * len(rows) + 0.4)
-    figure, grid = plt.subplots(
-        len(rows), columns, figsize=size, layout="constrained", squeeze=False
-    )
-    for cells, (label, pictures) in zip(grid, rows.items()):
-        cells[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-        colors = (frames or {}).get(label, [None] * len(pictures))
-        for cell, picture, color in zip(cells, pictures, colors):
-            cell.imshow(np.asarray(picture))
-            cell.set(xticks=[], yticks=[])
-            cell.spines[:].set(color=color or "none", linewidth=4)
-    for cell, title in zip(grid[0], titles or ()):
-        cell.set_title(title, fontsize=8)
-    save_figure(figure, path)

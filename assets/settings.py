@@ -1,0 +1,233 @@
+"""Flags of a script, and rows of its tables that lay settings of their own over them.
+
+A setting is a tuple (name, kind, default, default with the tiny CLIP, help). Its kind says what may
+be given: a function that reads a text or refuses it, a tuple of choices, [kind] for several, bool
+for a switch. A method's own settings may also be set by single rows: `lora/lr=1e-3`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from assets.tiny_world import InputError
+
+
+def did_you_mean(wrong: str, names) -> str:
+    names = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(wrong.lower(), names, n=1)
+    return f" (did you mean {names[close[0]]!r}?)." if close else "."
+
+
+def slug(text: str) -> str:
+    """A name as a file name: lower case, anything unusual becomes `_`."""
+    return re.sub(r"[^a-z0-9.-]+", "_", text.lower()).strip("_")
+
+
+# ---------- Kinds of settings ---------------------------------------------------------------------
+def at_least(low: float, number: Callable = int) -> Callable:
+    """A kind of setting: a finite number that is `low` or more; whole unless `number` is float."""
+
+    def read(text: str):
+        try:
+            value = number(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not low <= value < math.inf:
+            whole = "a whole number" if number is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {whole}, at least {low}, got {text}")
+        return value
+
+    return read
+
+
+def positive(text: str) -> float:
+    """A kind of setting: a finite number above 0."""
+    value = at_least(0, float)(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A kind of setting: a number between 0 and 1."""
+    value = at_least(0, float)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+COMMON_SETTINGS = [
+    ("data-root", str, "data", "data", "folder that holds the benchmarks' folders"),
+    ("cue", share, None, None, "tiny data: share of images on their class's background"),
+    ("model", str, None, None, "tiny, open_clip's name, hf-hub:... or local-dir:..."),
+    ("pretrained", str, None, None, "tag or file (openai; its weights in a FILE: NAME-quickgelu)"),
+    ("device", str, "auto", "auto", "auto, cpu, cuda, cuda:1 or mps"),
+    ("precision", ("auto", "fp32", "bf16", "fp16"), "auto", "auto", "auto: bf16 where a GPU can"),
+    ("workers", at_least(0), None, None, "processes that read images (4; tiny data 0)"),
+    ("output", Path, Path("runs"), Path("runs"), "folder of all runs"),
+    ("summary", Path, None, None, "also write the records of all runs to this JSON file"),
+    ("resume", bool, False, False, "keep complete runs, continue interrupted ones"),
+    ("figures", bool, False, False, "write analysis.npz and more pictures into the runs' folders"),
+]
+
+
+TARGET = ("target", str, "sketch", "sketch", "held-out domain: name, its start, number, or all")
+PROMPT = ["a photo of a {}."]
+TEMPLATES = ("templates", [str], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
+
+
+class Parser(argparse.ArgumentParser):
+    """One line says what is wrong, where argparse would print the usage of all flags before it."""
+
+    def error(self, message):
+        raise InputError(message.removeprefix("argument "))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a script has to offer: its settings, and the rows and studies they are compared in."""
+
+    name: str
+    settings: list[tuple]
+    rows: dict[str, dict]
+    studies: dict[str, list[str]]
+
+
+def add_settings(group, settings: list[tuple]) -> None:
+    """Make a flag of every setting. What is not given stays None until `settle`."""
+    for name, kind, default, tiny, text in settings:
+        if default is not None and kind is not bool:
+            text += f" (default: {default}" + (")" if tiny == default else f"; tiny CLIP: {tiny})")
+        options = {"help": text.replace("%", "%%"), "default": None}
+        if kind is bool:
+            options["action"] = "store_true"
+        elif isinstance(kind, tuple):
+            options["choices"] = kind
+        elif isinstance(kind, list):
+            options |= {"type": kind[0], "nargs": "+"}
+        else:
+            options["type"] = kind
+        group.add_argument(f"--{name}", **options)
+
+
+def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=(), argv=None):
+    """Read the command line.
+
+    Args:
+        method: its settings become flags.
+        doc: the script's docstring, for --help.
+        modes: rows that are compared by default; the last one is the method itself.
+        datasets: names for --dataset, the default first.
+        more: settings of this script that say what a run sees, so that no single row may set them.
+    Returns: a namespace in which what was not given is None.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(method.name, description=doc, formatter_class=raw, allow_abbrev=False)
+    data = parser.add_argument_group("what is compared, on what")
+    names = ", ".join(datasets) + " or folder:PATH" * ("pacs" in datasets)
+    data.add_argument("--dataset", default=datasets[0], help=f"{names} (default: {datasets[0]})")
+    rows = f"rows of the table, the last is the method: {', '.join(method.rows)}; a row may have "
+    rows += f"settings of its own, {modes[-1]}/lr=1e-3 (default: {' '.join(modes)})"
+    data.add_argument("--modes", nargs="+", metavar="ROW", help=rows)
+    study = "a comparison of the paper in place of --modes; writes results/<method>-<study>-..."
+    data.add_argument("--study", choices=method.studies, help=study)
+    data.add_argument("--seeds", "--seed", type=at_least(0), nargs="+", default=[0])
+    add_settings(data, more)
+    add_settings(parser.add_argument_group("method and training"), method.settings)
+    add_settings(parser.add_argument_group("model, device, output"), COMMON_SETTINGS)
+    args = parser.parse_args(argv)
+    if args.study and args.modes:
+        raise InputError("--study and --modes both say what to compare: give one of them")
+    args.modes = method.studies[args.study] if args.study else args.modes or modes
+    args.method, args.more = method, list(more)
+    return args
+
+
+def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Namespace:
+    """Fill in what was not given, check what can be checked before anything is loaded, read rows.
+
+    Args:
+        args: of `flags`.
+        preset: {name: default} that comes before those of the settings; it depends on the data set.
+    Returns: args, with `rows`: {text: its settings}, see `read_row`.
+    Raises: InputError for values that do not go together.
+    """
+    preset = dict(preset or {})
+    tiny_data = args.dataset.startswith("tiny-")
+    if args.cue is not None and not tiny_data:
+        raise InputError(f"--cue {args.cue} is for tiny data and has no effect on {args.dataset}")
+    preset.setdefault("cue", 0.95 if args.dataset == "tiny-waterbirds" else 0.4)
+    preset.setdefault("workers", 0 if tiny_data else 4)
+    args.model = args.model or preset.get("model") or ("tiny" if tiny_data else "ViT-B-16")
+    if args.model == "tiny" and args.pretrained:
+        raise InputError(f"--pretrained {args.pretrained} has no effect with --model tiny")
+    if args.study:
+        name = f"{args.method.name}-{args.study}-{slug(args.dataset)}.json"
+        preset.setdefault("summary", Path("results", name))
+    for name, _, default, tiny, _ in [*COMMON_SETTINGS, *args.more, *args.method.settings]:
+        key = name.replace("-", "_")
+        if getattr(args, key) is None:
+            usual = tiny if args.model == "tiny" else default
+            setattr(args, key, preset.get(key, usual))
+    if args.summary and not args.summary.parent.is_dir():
+        folder = args.summary.parent
+        raise InputError(f"--summary {args.summary}: there is no folder {folder}; make it first")
+    settle_device(args)
+    args.rows = {text: read_row(text, args) for text in args.modes}
+    return args
+
+
+def settle_device(args: argparse.Namespace) -> None:
+    """Turn --device and --precision into what is there."""
+    wanted = args.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        args.device = torch.device(wanted)
+    except RuntimeError:
+        hint = "use auto, cpu, cuda, cuda:1 or mps"
+        raise InputError(f"--device {wanted!r} is not a device; {hint}") from None
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
+    if args.precision == "fp16" and args.device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
+    if args.precision == "auto":
+        bf16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        args.precision = "bf16" if bf16 else "fp32"
+
+
+def read_row(text: str, args: argparse.Namespace) -> argparse.Namespace:
+    """A row `name/setting=value/...`: the command's settings, then its name's, then its own on top.
+
+    Raises: InputError for a name that the method does not have, or a setting that no row may set.
+    """
+    method = args.method
+    name, *own = text.split("/")
+    if name not in method.rows:
+        hint = did_you_mean(name, method.rows)
+        raise InputError(f"--modes: no row {name!r}{hint} Choose from {', '.join(method.rows)}.")
+    allowed = [setting[0] for setting in method.settings]
+    for setting in own:
+        wrong = setting.partition("=")[0]
+        if wrong not in allowed or "=" not in setting:
+            hint = did_you_mean(wrong, allowed)
+            raise InputError(
+                f"--modes {text}: cannot read {setting!r}{hint} A row may set "
+                f"{', '.join(allowed)}, as in {name}/{allowed[0]}=VALUE."
+            )
+    parser = Parser(allow_abbrev=False)
+    add_settings(parser, method.settings)
+    try:
+        given = vars(parser.parse_args([f"--{setting}" for setting in own]))
+    except InputError as error:
+        raise InputError(f"--modes {text}: {error}") from None
+    given = {key: value for key, value in given.items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **method.rows[name], **given, "name": text})
