@@ -18,8 +18,7 @@ is the answer.
 from __future__ import annotations
 
 import copy
-import functools
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +147,7 @@ class BetaMovingAverage(nn.Module):
 # ---------- Training (Algorithm 1) ---------------------------------------------------------------
 def training_parts(clip, rows: dict, class_features, steps: int) -> dict:
     """All that changes in a training: a copy of the image tower, its optimizer, its averages."""
-    row = next(iter(rows.values()))
+    row = first(rows)
     model = copy.deepcopy(clip.visual).requires_grad_(True)
     groups = [{"params": list(model.parameters())}]
     if row.loss == "linear":  # Eq. 1: what the class names say is not used
@@ -157,13 +156,16 @@ def training_parts(clip, rows: dict, class_features, steps: int) -> dict:
         groups.append({"params": list(head.parameters()), "lr": row.head_lr})
         model = nn.Sequential(model, head)
     optimizer = torch.optim.AdamW(groups, lr=row.lr, weight_decay=row.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    scaler = torch.amp.GradScaler(clip.device.type, enabled=clip.precision == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    parts = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        "scaler": torch.amp.GradScaler(clip.device.type, enabled=clip.precision == "fp16"),
+    }
     for name, own in rows.items():
         if own.average:
-            numbers = {"bma": own.beta, "ema": own.ema, "wise-ft": own.wise_ft, "uniform": 0}
-            shares = average_shares(own.average, numbers[own.average], steps)
+            values = {"bma": own.beta, "ema": own.ema, "wise-ft": own.wise_ft, "uniform": 0}
+            shares = average_shares(own.average, values[own.average], steps)
             parts[name] = BetaMovingAverage(model, steps, shares=shares)
     return parts
 
@@ -181,40 +183,32 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
     Yields: at the start and after every epoch {name: model} and the state.
     Raises: InputError at a loss or gradient that is not finite, before it reaches any weights.
     """
-    row = next(iter(rows.values()))
+    row = first(rows)
     torch.manual_seed(seed)
     parts = training_parts(clip, rows, class_features, row.epochs * row.steps_per_epoch)
     state = saved or {"epoch": 0, "loss": None}
-    for name, part in parts.items():
-        if saved:
+    if saved:
+        for name, part in parts.items():
             part.load_state_dict(saved[name])
     model, optimizer, schedule, scaler, *averages = parts.values()
-    models = {name: parts[name].model if name in parts else model for name in rows}
-    image_sets, labels, names = numbered(task.train)
-    labels = labels.to(clip.device)
+    models = {}
+    for name in rows:
+        models[name] = parts[name].model if name in parts else model
 
     yield models, state | {name: part.state_dict() for name, part in parts.items()}
     for epoch in range(state["epoch"], row.epochs):
         epoch_seed = seed * 1000 + epoch
         torch.manual_seed(epoch_seed)  # for augmentation
-        batches = common.source_batches(image_sets, row.batch_size, epoch_seed, row.workers)
-        model.train()
+        batches = common.SourceBatches(task.train, row.batch_size, epoch_seed, row.workers)
         title = f"{'/'.join(rows)} {epoch + 1}"
+        model.train()
         for step in tqdm(range(row.steps_per_epoch), title, leave=False, disable=None):
-            images, numbers, _ = next(batches)  # (S b, 3, h, w), (S b,)
-            y = labels[numbers]
-            with common.autocast(clip.device, clip.precision):
-                output = model(images.to(clip.device, non_blocking=True))  # (S b, D or C)
-            if row.loss == "linear":
-                loss = F.cross_entropy(output.float(), y)
-            else:
-                features = F.normalize(output.float(), dim=-1)
-                scale, margin = clip.logit_scale, row.margin
-                loss = margin_metric_softmax(features, class_features, y, scale, margin)
+            images, y, _ = next(batches)  # (S b, 3, h, w), (S b,)
+            loss = loss_of(model, images, y, row, clip, class_features)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             where = f"step {epoch * row.steps_per_epoch + step + 1} of seed {seed}"
-            check_finite(loss, optimizer, scaler, where, [names[i] for i in numbers])
+            common.check_finite(loss, optimizer, scaler, where, batches)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
@@ -225,64 +219,55 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
         yield models, state | {name: part.state_dict() for name, part in parts.items()}
 
 
-def numbered(train: dict[str, common.ImageSet]):
-    """Training sets that bring running numbers in place of labels, so that a bad batch can be
-    named; the labels (N,) of these numbers, and the N names."""
-    image_sets, labels, names = {}, [], []
-    for domain, images in train.items():
-        numbers = torch.arange(len(names), len(names) + len(images))
-        image_sets[domain] = replace(images, labels=numbers)
-        labels.append(images.labels)
-        names += [f"{domain} {images.name(i)}" for i in range(len(images))]
-    return image_sets, torch.cat(labels), names
+def loss_of(model, images, labels, row, clip, class_features) -> torch.Tensor:
+    """The loss of a batch: Eq. 3, or Eq. 1 for a linear classifier."""
+    labels = labels.to(clip.device)
+    with common.autocast(clip.device, clip.precision):
+        output = model(images.to(clip.device, non_blocking=True))  # (S b, D or C)
+    if row.loss == "linear":
+        return F.cross_entropy(output.float(), labels)
+    features = F.normalize(output.float(), dim=-1)
+    return margin_metric_softmax(features, class_features, labels, clip.logit_scale, row.margin)
 
 
-def check_finite(loss, optimizer, scaler, where: str, names: list[str]) -> None:
-    """Raises: InputError that names step, learning rate and images, if something is not finite."""
-    gradients = []
-    for group in optimizer.param_groups:
-        gradients += [p.grad for p in group["params"] if p.grad is not None]
-    size = torch.stack(torch._foreach_norm(gradients)).norm()
-    # fp16's scaler skips gradients that are not finite
-    if loss.isfinite() and (size.isfinite() or scaler.is_enabled()):
-        return
-    rate = optimizer.param_groups[0]["lr"]
-    raise common.InputError(
-        f"{where}, learning rate {rate:.3g}: the loss is {loss.item()}, its gradient's norm "
-        f"{size.item()}; try a lower --lr, or look at this batch: {', '.join(names)}"
-    )
+def first(named: dict):
+    """All rows of a training have its loss; all sets of a test, and all sources, its classes."""
+    return next(iter(named.values()))
 
 
 # ---------- Testing ------------------------------------------------------------------------------
 IMAGENET_SHIFTS = ["imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"]
 
 
-def classifier(clip, model, row, trained: tuple, classes: tuple, text_features):
+def classifier(clip, model, row, trained: tuple, classes: tuple):
     """images (B, 3, h, w) -> scores over `classes` (B, C); None if it can name none of them.
 
     A linear classifier names only the classes it was trained on; any other gets the score -inf.
     """
     if row.loss != "linear":
-        return common.clip_classifier(model, text_features(classes), clip.precision)
+        class_features = clip.class_features(classes, row.templates)  # (C, D)
+        return common.clip_classifier(model, class_features, clip.precision)
     columns = [trained.index(name) if name in trained else -1 for name in classes]
 
     def classify(images):
         with common.autocast(images.device, clip.precision):
             scores = model(images)
-        return F.pad(scores.float(), (0, 1), value=-torch.inf)[:, columns]
+        scores = F.pad(scores.float(), (0, 1), value=-torch.inf)  # the last column: any other
+        return scores[:, columns]
 
     return classify if max(columns) >= 0 else None
 
 
-def test(clip, model, row, task: common.Task, text_features) -> dict[str, float]:
+def test(clip, model, row, task: common.Task) -> dict[str, float]:
     """Accuracy of one model in every test whose classes it can name: {test: accuracy in [0, 1]}.
 
     In the wild also base and new, the parts of `total`; with both also H; for ImageNet also its
-    shifts' average. text_features: class names -> (C, D).
+    shifts' average.
     """
-    measures, trained = {}, first(task.train).classes
+    measures = {}
+    trained = first(task.train).classes
     for name, sets in task.tests.items():
-        classify = classifier(clip, model, row, trained, first(sets).classes, text_features)
+        classify = classifier(clip, model, row, trained, first(sets).classes)
         if classify is None:
             continue
         accuracies = common.evaluate(classify, {name: sets}, clip.device, row.workers, 64)
@@ -297,33 +282,52 @@ def test(clip, model, row, task: common.Task, text_features) -> dict[str, float]
     return measures
 
 
-def first(sets: dict[str, common.ImageSet]) -> common.ImageSet:
-    """All sets of a test, and all sources, have the same classes."""
-    return next(iter(sets.values()))
-
-
 def harmonic_mean(base: float, new: float) -> float:
     """H of the accuracies on base and new classes; 0 if both are 0."""
-    return 2 * base * new / (base + new) if base + new else 0.0
+    if base + new == 0:
+        return 0.0
+    return 2 * base * new / (base + new)
 
 
 # ---------- Three tasks: unseen domains, unseen classes, both ------------------------------------
-def few_shot(images: common.ImageSet, shots: int, seed: int, none_ok=False) -> common.ImageSet:
-    """`shots` images of every class, drawn without replacement; all of a class that has fewer.
+def make_task(args, data, target: str, seed: int, preprocess, augment) -> common.Task:
+    """The task of --task; training images are transformed by `augment`, others by `preprocess`."""
+    has_parts = isinstance(data, dict)
+    if args.task == "in-the-wild":
+        task = in_the_wild(args, data, target)
+    elif args.task == "open-class":
+        parts = data if has_parts else parts_of_domain(data, target)
+        task = open_class(args, parts, target, seed)
+    elif has_parts:
+        task = imagenet_shift(args, data, seed)
+    else:
+        task = domain_shift(args, data, target)
+    for name, images in task.train.items():
+        task.train[name] = images.transformed(augment)
+    for sets in task.tests.values():
+        for name, images in sets.items():
+            sets[name] = images.transformed(preprocess)
+    task.tests = {test: sets for test, sets in task.tests.items() if sets}
+    return task
 
-    Raises: InputError for a class without images, unless `none_ok`.
-    """
-    rng, chosen = common.tiny_rng(seed, "few shots"), []
-    for label, name in enumerate(images.classes):
-        own = np.flatnonzero(images.labels == label)
-        if not len(own) and not none_ok:
-            what = f"there is no image of class {name!r} to draw {shots} shots from"
-            raise common.InputError(what)
-        if len(own) < shots:
-            few = f"class {name!r} has only {len(own)} images, fewer than {shots} shots"
-            print(f"{few}: all are used")
-        chosen.append(rng.permutation(own)[:shots])
-    return images.subset(np.concatenate(chosen))
+
+def domain_shift(args, domains, target: str) -> common.Task:
+    """Train on all domains but one."""
+    task = common.leave_one_out(domains, target, None, None)
+    if args.protocol == "official":
+        index = [domain.name for domain in domains].index(target)
+        held_out, _ = common.hold_out(task.tests["target"][target], index)
+        task.tests["target"] = {target: held_out}
+    return task
+
+
+def imagenet_shift(args, parts: dict, seed: int) -> common.Task:
+    """Train on a few shots of all classes; test on the validation set and on what shifts it."""
+    train = common.few_shot(parts["train"], args.shots, seed)
+    tests = {"imagenet": {"imagenet": parts["test"]}}
+    for name in IMAGENET_SHIFTS:
+        tests[name] = {name: parts[name]}
+    return common.Task(train.classes, {"imagenet": train}, tests)
 
 
 def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
@@ -334,47 +338,28 @@ def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
     return range(base), range(base, n)
 
 
-def domain_shift(args, domains, target: str) -> common.Task:
-    """Train on all domains but one."""
-    task = common.leave_one_out(domains, target, None, None)
-    if args.protocol == "official":
-        index = [domain.name for domain in domains].index(target)
-        images = task.tests["target"][target]
-        held_out, _ = common.domain_split(len(images), index)
-        task.tests["target"] = {target: images.subset(held_out)}
-    return task
-
-
-def imagenet_shift(args, parts: dict, seed: int) -> common.Task:
-    """Train on a few shots of all classes; test on the validation set and on what shifts it."""
-    train = few_shot(parts["train"], args.shots, seed)
-    tests = {"imagenet": {"imagenet": parts["test"]}}
-    for name in IMAGENET_SHIFTS:
-        tests[name] = {name: parts[name]}
-    return common.Task(train.classes, {"imagenet": train}, tests)
-
-
 def open_class(args, parts: dict, name: str, seed: int) -> common.Task:
     """Train on a few shots of base classes; test base and new apart, each over its own names."""
     classes = parts["train"].classes
     base, new = base_and_new(len(classes))
-    train = few_shot(parts["train"].of_classes(base), args.shots, seed)
-    few = min(args.shots, 4)
-    validation = few_shot(parts["val"].of_classes(base), few, seed, none_ok=True)
-    tests = {"validation": {name: validation}}
-    tests["base"] = {name: parts["test"].of_classes(base)}
-    tests["new"] = {name: parts["test"].of_classes(new)}
+    train = parts["train"].of_classes(base)
+    validation = parts["val"].of_classes(base)
+    train = common.few_shot(train, args.shots, seed)
+    validation = common.few_shot(validation, min(args.shots, 4), seed, none_ok=True)
+    tests = {
+        "validation": {name: validation},
+        "base": {name: parts["test"].of_classes(base)},
+        "new": {name: parts["test"].of_classes(new)},
+    }
     return common.Task(classes, {name: train}, tests)
 
 
 def parts_of_domain(domains, target: str) -> dict[str, common.ImageSet]:
     """One domain as a data set; a real one, without a balanced part, is tested on its hold-out."""
     index = [domain.name for domain in domains].index(target)
-    images = domains[index].images
-    held_out, rest = common.domain_split(len(images), index)
-    held_out = images.subset(held_out)
-    tested = domains[index].balanced or held_out
-    return {"train": images.subset(rest), "val": held_out, "test": tested}
+    domain = domains[index]
+    validation, train = common.hold_out(domain.images, index)
+    return {"train": train, "val": validation, "test": domain.balanced or validation}
 
 
 def in_the_wild(args, domains, target: str) -> common.Task:
@@ -383,128 +368,31 @@ def in_the_wild(args, domains, target: str) -> common.Task:
     base, new = base_and_new(len(classes), odd_to_base=False)
     train, holdout, source, total = {}, {}, {}, {}
     for index, domain in enumerate(domains):
-        if domain.name == target:
-            tested = domain.balanced or domain.images
-            total = {"base": with_labels(tested, base), "new": with_labels(tested, new)}
+        name, tested = domain.name, domain.balanced or domain.images
+        if name == target:
+            total = {"base": tested.labelled(base), "new": tested.labelled(new)}
             if args.protocol == "official":
-                for part, key in (("base", "base"), ("new", "open")):
-                    held_out, _ = common.domain_split(len(total[part]), index, part=key)
-                    total[part] = total[part].subset(held_out)
+                total["base"], _ = common.hold_out(total["base"], index, "base")
+                total["new"], _ = common.hold_out(total["new"], index, "open")
             continue
-        images = with_labels(domain.images, base)
-        held_out, rest = common.domain_split(len(images), index, part="base")
-        holdout[domain.name] = images.subset(held_out)
-        train[domain.name] = images.subset(rest).of_classes(base)
+        images = domain.images.labelled(base)
+        holdout[name], rest = common.hold_out(images, index, "base")
+        train[name] = rest.of_classes(base)
         if domain.balanced:
-            source[domain.name] = with_labels(domain.balanced, base)
-    return common.Task(classes, train, {"hold-out": holdout, "source": source, "total": total})
-
-
-def with_labels(images: common.ImageSet, chosen: range) -> common.ImageSet:
-    return images.subset(np.flatnonzero(np.isin(images.labels, chosen)))
+            source[name] = tested.labelled(base)
+    tests = {"hold-out": holdout, "source": source, "total": total}
+    return common.Task(classes, train, tests)
 
 
 def load_data(args, seed: int):
     """The images of --dataset: a list of domains, or {part: images}."""
     if args.dataset not in common.dataset_names("parts"):
-        return common.load_domains(args.dataset, args.data_root, seed, args.cue, PARTED)
+        return common.load_domains(args.dataset, args.data_root, seed, args.cue, WITH_PARTS)
     parts = common.load_parts(args.dataset, args.data_root)
     if args.task == "domain-shift":
         for name in IMAGENET_SHIFTS:
             parts[name] = common.load_parts(name, args.data_root)["test"]
     return parts
-
-
-def make_task(args, data, target: str, seed: int, preprocess, augment) -> common.Task:
-    """The task of --task; training images are transformed by `augment`, others by `preprocess`."""
-    parted = isinstance(data, dict)
-    if args.task == "in-the-wild":
-        task = in_the_wild(args, data, target)
-    elif args.task == "open-class":
-        parts = data if parted else parts_of_domain(data, target)
-        task = open_class(args, parts, target, seed)
-    else:
-        task = imagenet_shift(args, data, seed) if parted else domain_shift(args, data, target)
-    for name, images in task.train.items():
-        task.train[name] = images.transformed(augment)
-    for sets in task.tests.values():
-        for name, images in sets.items():
-            sets[name] = images.transformed(preprocess)
-    task.tests = {test: sets for test, sets in task.tests.items() if sets}
-    return task
-
-
-# ---------- Pictures -----------------------------------------------------------------------------
-def plot_averages(args, path: Path) -> None:
-    """Figure 4: what theta_t weighs in the final average, and how theta_0's share develops."""
-    steps = args.epochs * args.steps_per_epoch
-    t, one = range(steps + 1), torch.ones(1)
-    final, start = {}, {}
-    averages = [("EMA", "ema", args.ema), ("BMA", "bma", args.beta), ("BMA", "bma", 1.0)]
-    for label, average, value in averages:
-        shares = average_shares(average, value, steps)  # of theta_1 ... theta_T, as they join
-        decay = 1 - shares  # of all before
-        until_end = torch.cat([decay.flip(0).cumprod(0).flip(0), one])
-        start[f"{label} {value:g}"] = t, torch.cat([one, decay.cumprod(0)])
-        final[f"{label} {value:g}"] = t, torch.cat([one, shares]) * until_end
-    panels = {rf"$\theta_t$ after {steps} steps": final, r"$\theta_0$ after t steps": start}
-    common.plot_panels(panels, "t", "weight in the average", path, yscale="log")
-
-
-def plot_trajectory(extra: dict, measures: list[str], path: Path) -> None:
-    """Accuracy of every row along its trajectory."""
-    panels = {measure: {} for measure in measures}
-    for measure, curves in panels.items():
-        for name, own in extra.items():
-            points = [point for point in own["history"] if measure in point]
-            steps = [point["step"] for point in points]
-            curves[name] = steps, [100 * point[measure] for point in points]
-    common.plot_panels(panels, "step", "accuracy, %", path)
-
-
-def plot_sweep(args, records: list[dict]) -> None:
-    """Accuracy over lambda or beta: averages over targets, mean and deviation over seeds."""
-    setting = {"margin": "margin", "average": "beta"}[args.study]
-    panels = {}
-    for measure in common.measures_of(records):
-        curves = {"MMS": {}, "MMS + BMA": {}, "zero-shot": {}}  # {label: {value: accuracies}}
-        for name, row in args.rows.items():
-            accuracies = 100 * np.array(common.seed_means(records, name, measure))
-            if row.loss == "zero-shot":
-                zero_shot = accuracies
-            elif row.average == "bma":
-                curves["MMS + BMA"][getattr(row, setting)] = accuracies
-            elif setting == "margin":
-                curves["MMS"][row.margin] = accuracies
-        values = curves["MMS + BMA"]
-        curves["zero-shot"] = {min(values): zero_shot, max(values): zero_shot}
-        panels[measure] = {label: zip(*sorted(c.items())) for label, c in curves.items() if c}
-    scale = "linear" if setting == "margin" else "log"
-    path = args.summary.with_name(f"{args.summary.stem}-sweep.png")
-    common.plot_panels(panels, setting, "accuracy, %", path, xscale=scale)
-    print(f"Accuracy over {setting} is in {path}")
-
-
-def plot_distances(class_features: torch.Tensor, class_names, path: Path) -> None:
-    """D(T_y, T_c), similar classes side by side (by the similarities' second eigenvector)."""
-    distances = class_distances(class_features.cpu())
-    order = torch.linalg.eigh(1 - distances).eigenvectors[:, -2].argsort()
-    names = [class_names[i].replace("_", " ") for i in order]
-    title = r"$D(T_y, T_c)$: the margin is $\lambda$ times this"
-    common.plot_heat(distances[order][:, order], title, "", "", path, names=(names, names))
-
-
-def example_scores(clip, models: dict, rows: dict, task, text_features) -> dict:
-    """Figure 6, for a picture of your own: scores (60, C) of images of the last test, by row."""
-    *_, images = list(task.tests.values())[-1].values()
-    chosen = np.linspace(0, len(images) - 1, min(60, len(images)), dtype=int)
-    images, scores = images.subset(chosen), {"images": chosen.tolist()}
-    for name, row in rows.items():
-        own = models[name], row, first(task.train).classes, images.classes
-        classify = classifier(clip, *own, text_features)
-        if classify:
-            scores[name] = common.outputs(classify, images, clip.device, 64).tolist()
-    return scores
 
 
 # ---------- What the paper compares --------------------------------------------------------------
@@ -522,43 +410,45 @@ def all_rows() -> dict[str, dict]:
 
 ROWS = all_rows()
 MODES = ["zero-shot", "mms", "mms+wise-ft", "mms+bma"]
-MARGINS = ["/margin=0.1", "/margin=0.5", "/margin=1", ""]
-BETAS = ["/beta=0.1", "/beta=0.3", "/beta=1", "/beta=2", ""]
 STUDIES = {
     "loss": ["zero-shot", "linear", "ms", "mms"],
     "margin": ["zero-shot", "ms", "ms+bma"],
     "average": ["zero-shot", "mms", "mms+ema", "mms+uniform", "mms+wise-ft"],
     "components": ["zero-shot", "linear", "ms", "mms", "mms+wise-ft", "mms+bma"],
 }
-for margin in MARGINS:
+for margin in ("/margin=0.1", "/margin=0.5", "/margin=1", ""):
     STUDIES["margin"] += [f"mms{margin}", f"mms+bma{margin}"]
-STUDIES["average"] += [f"mms+bma{beta}" for beta in BETAS]
+for beta in ("/beta=0.1", "/beta=0.3", "/beta=1", "/beta=2", ""):
+    STUDIES["average"].append(f"mms+bma{beta}")
 
 # what a trajectory depends on; averages do not change it
 OF_TRAJECTORY = "loss margin batch_size lr head_lr weight_decay epochs steps_per_epoch".split()
 
 
 def trainings(rows: dict) -> list[dict]:
-    """Rows that are averages of one trajectory together. That of the last row comes last."""
+    """Rows that are averages of one trajectory together."""
     groups = {}
-    for name, row in reversed(rows.items()):
+    for name, row in rows.items():
         trajectory = tuple(getattr(row, setting) for setting in OF_TRAJECTORY)
         groups.setdefault(trajectory, {})[name] = row
-    return [dict(reversed(group.items())) for group in reversed(groups.values())]
+    return list(groups.values())
 
 
-# ---------- Settings -----------------------------------------------------------------------------
+# ---------- Settings: name, kind, default, default with the tiny CLIP, help ----------------------
 TASKS = ("domain-shift", "open-class", "in-the-wild")
-PARTED = [name for name, row in common.DATASETS.items() if "template" in row]
+WITH_PARTS = [name for name, row in common.DATASETS.items() if "template" in row]
+BELOW = "(default: see below)"
+TEMPLATES = (
+    "prompts, averaged; or: ensemble (default: that of assets/datasets.json, a photo of a {}.)"
+)
 OF_ALL_ROWS = [
     common.TARGET,
     ("task", TASKS, None, None, "unseen domains, classes, or both (domain-shift if it can)"),
     ("protocol", ("whole", "official"), "whole", "whole", "target: all, or 20 % as authors' code"),
     ("shots", common.at_least(1), 16, 16, "training images per class of few-shot sets (published)"),
-    ("templates", [str], None, None, "prompts, averaged; or: ensemble (default: see below)"),
+    ("templates", [str], None, None, "prompts, averaged; or: ensemble (see assets/datasets.json)"),
     ("eval-every", common.at_least(0), None, None, "epochs between tests (0; 1 in study average)"),
 ]
-BELOW = "(default: see below)"
 SETTINGS = [
     ("margin", common.at_least(0, float), None, None, f"lambda of MMS, Eq. 3 {BELOW}"),
     ("beta", common.positive, None, None, f"of BMA, Eq. 6 {BELOW}"),
@@ -572,132 +462,142 @@ SETTINGS = [
     ("steps-per-epoch", common.at_least(1), 500, 20, "published: 500"),
 ]
 METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES)
-# chosen on source hold-outs
-TINY = {
-    "domain-shift": {"batch_size": 12, "lr": 4e-4, "epochs": 6, "margin": 0.3, "beta": 0.5},
-    "open-class": {"batch_size": 36, "lr": 4e-4, "epochs": 2, "margin": 0.3, "beta": 0.1},
-    "in-the-wild": {"batch_size": 12, "lr": 2e-4, "epochs": 4, "margin": 0.1, "beta": 0.1},
-}
-# whose settings a data set takes for which none are published
-USUAL = {"domain-shift": "pacs", "open-class": "caltech101", "in-the-wild": "officehome"}
-
-
-def published(dataset: str, task: str) -> dict | None:
-    return common.DATASETS.get(dataset, {}).get("clipood", {}).get(task)
+# {task: {data set, "tiny CLIP" or "any other": defaults}}
+DEFAULTS = json.loads(Path(__file__).with_name("assets").joinpath("clipood.json").read_text())
 
 
 def defaults_table() -> str:
     """What --help says of defaults that depend on the task and the data set."""
-    columns, rows = ["batch_size", "lr", "epochs", "margin", "beta"], {}
-    for task in TASKS:
-        own = {name: published(name, task) for name in common.DATASETS if published(name, task)}
-        own |= {"tiny CLIP": TINY[task], "any other": published(USUAL[task], task)}
-        for name, row in own.items():
-            cells = [f"{row[column]:g}" for column in columns]
-            rows[f"{task}, {name}"] = [*cells, row.get("source", "our choice")]
-    prompts = [f"  {name:14} {common.DATASETS[name]['template']}" for name in PARTED]
-    table = common.format_table("defaults", [*columns, "source"], rows)
-    return "\n".join([table, "", "prompts (any other data set: a photo of a {}.)", *prompts])
+    *columns, _ = DEFAULTS["domain-shift"]["pacs"]
+    rows = {}
+    for task, defaults in DEFAULTS.items():
+        for dataset, own in defaults.items():
+            numbers = [f"{own[column]:g}" for column in columns]
+            rows[f"{task}, {dataset}"] = [*numbers, own["source"]]
+    return common.format_table("defaults", [*columns, "source"], rows)
 
 
 def preset(args) -> dict:
     """Defaults that depend on the task and the data set."""
-    parted = args.dataset in common.dataset_names("parts")
-    task = args.task or ("open-class" if parted and args.dataset != "imagenet" else "domain-shift")
-    if parted and task != "open-class" and (args.dataset, task) != ("imagenet", "domain-shift"):
-        what = f"--task {task} needs domains, {args.dataset} has none"
+    name, possible = args.dataset, TASKS
+    if name == "imagenet":
+        possible = "domain-shift", "open-class"
+    elif name in common.dataset_names("parts"):
+        possible = ("open-class",)
+    task = args.task or possible[0]
+    if task not in possible:
+        what = f"--task {task} needs domains, {name} has none"
         raise common.InputError(f"{what}: use --task open-class")
-    tiny = args.model == "tiny" or (args.model is None and args.dataset.startswith("tiny-"))
-    own = TINY[task] if tiny else published(args.dataset, task) or published(USUAL[task], task)
-    template = common.DATASETS.get(args.dataset, {}).get("template", "a photo of a {}.")
-    own = {**own, "task": task, "templates": [template], "eval_every": 0}
-    if args.study == "average":
-        own["eval_every"] = 1
+    defaults = DEFAULTS[task]
+    own = defaults.get(name, defaults["any other"])
+    if args.model == "tiny" or (args.model is None and name.startswith("tiny-")):
+        own = defaults["tiny CLIP"]
+    dataset = common.DATASETS.get(name, {})
+    found = {**own, "task": task, "templates": [dataset.get("template", "a photo of a {}.")]}
+    found["eval_every"] = 1 if args.study == "average" else 0
     if args.study:
-        name = f"clipood-{args.study}-{common.slug(args.dataset)}-{task}.json"
-        own["summary"] = Path("results", name)
-    return own
+        file = f"clipood-{args.study}-{common.slug(name)}-{task}.json"
+        found["summary"] = Path("results", file)
+    return found
+
+
+# ---------- Figures ------------------------------------------------------------------------------
+def weights_in_average(average: str, value: float, steps: int) -> torch.Tensor:
+    """What theta_0 ... theta_T weigh in the average after T steps, (T + 1,); see
+    `average_shares`."""
+    weights = torch.ones(1, dtype=torch.float64)
+    for share in average_shares(average, value, steps):
+        weights = torch.cat([(1 - share) * weights, share[None]])
+    return weights
+
+
+def draw_figures(args, class_features: torch.Tensor, folder: Path) -> None:
+    """--figures: Figure 4, the weights in an average; they and D of Eq. 4 in analysis.npz."""
+    steps = args.epochs * args.steps_per_epoch
+    weights, curves = {}, {}
+    for average, value in (("ema", args.ema), ("bma", args.beta), ("bma", 1.0)):
+        label = f"{average} {value:g}"
+        weights[label] = weights_in_average(average, value, steps)
+        curves[label] = range(steps + 1), weights[label]
+    panels = {rf"$\theta_t$ in the average after {steps} steps": curves}
+    common.plot_panels(panels, "t", "weight", folder / "averages.png", yscale="log")
+    distances = class_distances(class_features.cpu())
+    np.savez(folder / "analysis.npz", distances=distances, **weights)
 
 
 # ---------- main ---------------------------------------------------------------------------------
-def compare(args, clip, task: common.Task, run, seed: int, text_features) -> None:
+def compare(args, task: common.Task, run) -> None:
     """Train and test every row for one target and seed; the last one is exported."""
-    plot_distances(text_features(task.classes), task.classes, run.folder / "distances.png")
-    plot_averages(args, run.folder / "averages.png")
+    clip = args.clip
+    class_features = clip.class_features(task.classes, args.templates)  # (C, D)
     for rows in trainings(args.rows):
         if rows.keys() <= run.rows.keys():
             continue
-        models, state = dict.fromkeys(rows, clip.visual), None
-        if first(rows).loss != "zero-shot":
-            trained = text_features(first(task.train).classes)
-            saved = (run.state or {}).get("/".join(rows))  # it may belong to another training
-            for models, state in train(clip, task, rows, trained, seed, saved):
-                if args.eval_every and state["epoch"] % args.eval_every == 0:
-                    test_on_the_way(clip, models, rows, task, run, state, text_features)
-                run.save({"/".join(rows): state})
-        if args.figures:
-            scores = example_scores(clip, models, rows, task, text_features)
-            run.extra.setdefault("scores", {}).update(scores)
+        models, state = train_rows(clip, task, rows, run)
         for name, row in rows.items():
             if name == args.modes[-1] and row.loss != "linear":  # which is no CLIP
-                own = text_features(task.classes), task.classes, models[name]
-                common.export_clip(clip, run.folder / "model", *own)
-            measures = test(clip, models[name], row, task, text_features)
-            run.add(name, measures, {"/".join(rows): state})  # trained, if it is killed here
-    if "scores" in run.extra:
-        np.savez(run.folder / "analysis.npz", **run.extra.pop("scores"))
-    if run.extra:
-        plot_trajectory(run.extra, list(task.tests), run.folder / "trajectory.png")
+                folder = run.folder / "model"
+                common.export_clip(clip, folder, class_features, task.classes, models[name])
+            measures = test(clip, models[name], row, task)
+            run.add(name, measures, state)  # trained, if it is killed here
+    if args.figures:
+        draw_figures(args, class_features, run.folder)
 
 
-def test_on_the_way(clip, models, rows, task, run, state, text_features) -> None:
-    """A point of every trajectory. WiSE-FT has only an end, rows with a `/` would be too many."""
+def train_rows(clip, task, rows: dict, run) -> tuple[dict, dict]:
+    """The models of rows that share a training, and its state, which is saved after every epoch."""
+    row, key = first(rows), "/".join(rows)
+    if row.loss == "zero-shot":
+        return dict.fromkeys(rows, clip.visual), {}
+    class_features = clip.class_features(first(task.train).classes, row.templates)
+    saved = run.state and run.state.get(key)  # it may belong to another training
+    training = train(clip, task, rows, class_features, run.record["seed"], saved)
+    for models, state in training:
+        if row.eval_every and state["epoch"] % row.eval_every == 0:
+            test_on_the_way(clip, models, rows, task, run, state)
+        run.save({key: state})
+    return models, {key: state}
+
+
+def test_on_the_way(clip, models, rows, task, run, state) -> None:
+    """A point of every trajectory."""
     for name, row in rows.items():
-        if "/" in name or row.average == "wise-ft":
-            continue
         history = run.extra.setdefault(name, {"history": []})["history"]
         step = state["epoch"] * row.steps_per_epoch
         if not history or history[-1]["step"] < step:  # not again after an interruption
-            measures = test(clip, models[name], row, task, text_features)
+            measures = test(clip, models[name], row, task)
             history.append({"step": step, "loss": state["loss"], **measures})
 
 
+# what a task is about; the first that a table has (a linear classifier has no H)
+MAIN_MEASURES = ("target", "total", "H", "average OOD", "base")
+
+
 def main():
-    names = common.dataset_names("domains") + PARTED
+    names = common.dataset_names("domains") + WITH_PARTS
     args = common.flags(METHOD, f"{__doc__}\n{defaults_table()}", MODES, names, OF_ALL_ROWS)
     args = common.settle(args, preset(args))
-    data, targets = load_data(args, args.seeds[0]), [args.dataset]
+    data = load_data(args, args.seeds[0])
+    targets = [args.dataset]
     if isinstance(data, list):
         targets = common.choose_targets(args.target, [domain.name for domain in data])
-    clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
-    tiny = args.dataset.startswith("tiny-")
-    augment = common.training_transform(clip, args.dataset)
-
-    @functools.cache
-    def text_features(classes):
-        return clip.class_features(classes, args.templates)
-
-    records, label = [], "" if args.task == "domain-shift" else args.task
+    args.clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
+    augment = common.training_transform(args.clip, args.dataset)
+    label = "" if args.task == "domain-shift" else args.task
+    records = []
     for seed in args.seeds:
-        if tiny and seed != args.seeds[0]:  # real data do not depend on the seed
+        if args.dataset.startswith("tiny-") and seed != args.seeds[0]:  # real data have no seed
             data = load_data(args, seed)
         for target in targets:
             print(f"\n{args.task} on {args.dataset}, target {target}, seed {seed}", flush=True)
             with common.open_run(args, target, seed, label) as run:
                 if not run.complete:
-                    task = make_task(args, data, target, seed, clip.preprocess, augment)
-                    compare(args, clip, task, run, seed, text_features)
+                    transforms = args.clip.preprocess, augment
+                    task = make_task(args, data, target, seed, *transforms)
+                    compare(args, task, run)
             records.append(run.record)
-    common.report(args, records, main_measure(records))
-    if args.study in ("margin", "average"):
-        plot_sweep(args, records)
-
-
-def main_measure(records: list[dict]) -> str:
-    """What a task is about; a linear classifier has no H."""
     measures = common.measures_of(records)
-    names = ("target", "total", "H", "average OOD", "base")
-    return next(name for name in names if name in measures)
+    common.report(args, records, next(name for name in MAIN_MEASURES if name in measures))
 
 
 if __name__ == "__main__":

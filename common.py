@@ -24,7 +24,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -128,10 +128,14 @@ class ImageSet(Dataset):
             self, images=self.images[indices], labels=self.labels[indices], groups=groups
         )
 
+    def labelled(self, chosen: range) -> ImageSet:
+        """The images of a range of classes. All class names stay."""
+        inside = (self.labels >= chosen.start) & (self.labels < chosen.stop)
+        return self.subset(np.flatnonzero(inside))
+
     def of_classes(self, chosen: range) -> ImageSet:
         """The images of a range of classes, which are numbered from 0 again."""
-        inside = (self.labels >= chosen.start) & (self.labels < chosen.stop)
-        own = self.subset(np.flatnonzero(inside))
+        own = self.labelled(chosen)
         classes = self.classes[chosen.start : chosen.stop]
         return replace(own, labels=own.labels - chosen.start, classes=classes)
 
@@ -326,6 +330,12 @@ def domain_split(
     return np.array(order[:held_out], dtype=int), np.array(order[held_out:], dtype=int)
 
 
+def hold_out(images: ImageSet, domain_index: int, part: str = "") -> tuple[ImageSet, ImageSet]:
+    """A domain's images in two: 20 % that may choose a model, and the rest; see `domain_split`."""
+    held_out, rest = domain_split(len(images), domain_index, part=part)
+    return images.subset(held_out), images.subset(rest)
+
+
 def leave_one_out(domains: list[Domain], target: str, preprocess, augment) -> Task:
     """Train on 80 % of all domains but `target`.
 
@@ -333,24 +343,44 @@ def leave_one_out(domains: list[Domain], target: str, preprocess, augment) -> Ta
     "source" and "target", the balanced parts of tiny domains. A real domain has none: then the
     target is tested on all its images, and no "source", which would be the hold-out again.
     """
+    classes = domains[0].images.classes
     train, holdout, source, tested = {}, {}, {}, {}
     for index, domain in enumerate(domains):
+        name = domain.name
         balanced = domain.balanced and domain.balanced.transformed(preprocess)
-        if domain.name == target:
-            tested[target] = balanced or domain.images.transformed(preprocess)
+        if name == target:
+            tested[name] = balanced or domain.images.transformed(preprocess)
             continue
-        held_out, rest = domain_split(len(domain.images), index)
+        held_out, rest = hold_out(domain.images, index)
         if not len(held_out):
             few = f"only {len(domain.images)} images: too few to hold 20 % out"
-            raise InputError(f"domain {domain.name!r} has {few}")
-        train[domain.name] = domain.images.subset(rest).transformed(augment)
-        holdout[domain.name] = domain.images.subset(held_out).transformed(preprocess)
+            raise InputError(f"domain {name!r} has {few}")
+        train[name] = rest.transformed(augment)
+        holdout[name] = held_out.transformed(preprocess)
         if balanced:
-            source[domain.name] = balanced
+            source[name] = balanced
     tests = {"hold-out": holdout, "source": source, "target": tested}
-    return Task(
-        domains[0].images.classes, train, {name: sets for name, sets in tests.items() if sets}
-    )
+    if not source:
+        del tests["source"]
+    return Task(classes, train, tests)
+
+
+def few_shot(images: ImageSet, shots: int, seed: int, none_ok=False) -> ImageSet:
+    """`shots` images of every class, drawn without replacement; all of a class that has fewer.
+
+    Raises: InputError for a class without images, unless `none_ok`.
+    """
+    rng = tiny_rng(seed, "few shots")
+    chosen = []
+    for label, name in enumerate(images.classes):
+        own = np.flatnonzero(images.labels == label)
+        if not len(own) and not none_ok:
+            raise InputError(f"there is no image of class {name!r} to draw {shots} shots from")
+        if len(own) < shots:
+            few = f"class {name!r} has only {len(own)} images, fewer than {shots} shots"
+            print(f"{few}: all are used")
+        chosen.append(rng.permutation(own)[:shots])
+    return images.subset(np.concatenate(chosen))
 
 
 def training_transform(clip: Clip, dataset: str) -> Callable:
@@ -358,38 +388,82 @@ def training_transform(clip: Clip, dataset: str) -> Callable:
     return clip.preprocess if dataset.startswith("tiny-") else clip.augment
 
 
-class EndlessSampler(Sampler):
-    """Indices of one random order after another, without end."""
-
-    def __init__(self, n: int, generator: torch.Generator):
-        self.n, self.generator = n, generator
-
-    def __iter__(self):
-        while True:
-            yield from torch.randperm(self.n, generator=self.generator).tolist()
-
-
 def as_is(batch):
     return batch
 
 
-def source_batches(sets: dict[str, ImageSet], per_domain: int, seed: int, workers: int = 0):
+class EndlessSampler(Sampler):
+    """Indices of one random order after another, without end; `orders` are those so far."""
+
+    def __init__(self, n: int, generator: torch.Generator):
+        self.n, self.generator = n, generator
+        self.orders = []
+
+    def __iter__(self):
+        while True:
+            order = torch.randperm(self.n, generator=self.generator)
+            self.orders.append(order)
+            yield from order.tolist()
+
+
+class SourceBatches:
     """Endless batches with equally many images of every source domain.
 
-    Yields: images (S * per_domain, 3, h, w), labels and domain numbers (S * per_domain,), domain
-    after domain.
+    `next` gives images (S * per_domain, 3, h, w), labels and domain numbers (S * per_domain,),
+    domain after domain.
     """
-    iterators = []
-    for index, images in enumerate(sets.values()):
-        generator = torch.Generator().manual_seed(seed * 1000 + index)
-        sampler = EndlessSampler(len(images), generator)
-        options = {"num_workers": workers, "persistent_workers": workers > 0}
-        options |= {"sampler": sampler, "generator": generator, "collate_fn": as_is}
-        iterators.append(iter(DataLoader(images, per_domain, **options)))
-    domain = torch.arange(len(sets)).repeat_interleave(per_domain)
-    while True:
-        images, labels = zip(*(next(iterator) for iterator in iterators))
-        yield torch.cat(images), torch.cat(labels), domain
+
+    def __init__(self, sets: dict[str, ImageSet], per_domain: int, seed: int, workers: int = 0):
+        self.sets, self.per_domain = sets, per_domain
+        self.step = 0
+        self.samplers, self.iterators = [], []
+        for index, images in enumerate(sets.values()):
+            generator = torch.Generator().manual_seed(seed * 1000 + index)
+            sampler = EndlessSampler(len(images), generator)
+            options = {"num_workers": workers, "persistent_workers": workers > 0}
+            options |= {"sampler": sampler, "generator": generator, "collate_fn": as_is}
+            loader = DataLoader(images, per_domain, **options)
+            self.samplers.append(sampler)
+            self.iterators.append(iter(loader))
+        self.domain = torch.arange(len(sets)).repeat_interleave(per_domain)
+
+    def __next__(self) -> tuple:
+        images, labels = [], []
+        for iterator in self.iterators:
+            x, y = next(iterator)
+            images.append(x)
+            labels.append(y)
+        self.step += 1
+        return torch.cat(images), torch.cat(labels), self.domain
+
+    def names(self) -> list[str]:
+        """The images of the last batch, for a message: their domain, and file or number."""
+        end = self.step * self.per_domain
+        names = []
+        for (domain, images), sampler in zip(self.sets.items(), self.samplers):
+            drawn = torch.cat(sampler.orders)[end - self.per_domain : end]
+            names += [f"{domain} {images.name(i)}" for i in drawn]
+        return names
+
+
+def check_finite(loss, optimizer, scaler, where: str, batches: SourceBatches) -> None:
+    """Before a step: stop if the loss or a gradient is not a number, so that no weights become so.
+
+    Raises: InputError that names `where` the training was, its learning rate and its batch.
+    """
+    gradients = []
+    for group in optimizer.param_groups:
+        gradients += [p.grad for p in group["params"] if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    norm = torch.stack(norms).norm()
+    fine = norm.isfinite() or scaler.is_enabled()  # fp16's scaler skips such gradients
+    if fine and loss.isfinite():
+        return
+    rate = optimizer.param_groups[0]["lr"]
+    raise InputError(
+        f"{where}, learning rate {rate:.3g}: the loss is {loss.item()}, its gradient's norm "
+        f"{norm.item()}; try a lower --lr, or look at this batch: {', '.join(batches.names())}"
+    )
 
 
 # ---------- 2. CLIP ------------------------------------------------------------------------------
@@ -408,6 +482,7 @@ class Clip:
     device: torch.device
     precision: str
     config: dict  # what `export_clip` writes down
+    known: dict = field(default_factory=dict)  # class features that were asked for before
 
     @property
     def visual(self) -> nn.Module:
@@ -439,11 +514,14 @@ class Clip:
                 raise InputError(
                     f"a template needs {{}} where the class name goes, got {template!r}"
                 )
-        features = []
-        for name in names:
-            texts = [template.format(name.replace("_", " ")) for template in templates]
-            features.append(self.encode_text(texts).mean(0))
-        return F.normalize(torch.stack(features), dim=-1)
+        key = tuple(names), tuple(templates)
+        if key not in self.known:
+            features = []
+            for name in names:
+                texts = [template.format(name.replace("_", " ")) for template in templates]
+                features.append(self.encode_text(texts).mean(0))
+            self.known[key] = F.normalize(torch.stack(features), dim=-1)
+        return self.known[key]
 
     def ensemble(self) -> list[str]:
         """open_clip's 80 ImageNet templates, or those of them whose words the tiny CLIP knows."""
@@ -629,20 +707,23 @@ def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not len(x) or not len(y):
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise ValueError(f"mmd2 needs x (n, D) and y (m, D), not empty, got {shapes}")
-    joint = torch.cat([x, y])
+    joint = torch.cat([x, y])  # (n + m, D)
     if joint.dtype in (torch.float16, torch.bfloat16):
         joint = joint.float()
     distance = torch.cdist(joint, joint, compute_mode="donot_use_mm_for_euclid_dist").square()
     if bandwidths is None:
-        off_diagonal = ~torch.eye(len(joint), dtype=torch.bool, device=x.device)
-        median = distance.detach()[off_diagonal].median().clamp(min=1e-6)
+        different = ~torch.eye(len(joint), dtype=torch.bool, device=x.device)
+        median = distance.detach()[different].median().clamp(min=1e-6)
         bandwidths = [median * factor for factor in (0.25, 0.5, 1, 2, 4)]
     elif not len(bandwidths) or any(float(b) <= 0 for b in bandwidths):
         raise ValueError(f"bandwidths must be positive numbers, got {bandwidths}")
-    kernel = sum(torch.exp(-distance / b) for b in bandwidths) / len(bandwidths)  # (n + m, n + m)
+    kernels = [torch.exp(-distance / b) for b in bandwidths]
+    kernel = sum(kernels) / len(bandwidths)  # (n + m, n + m)
     n = len(x)
-    within = kernel[:n, :n].mean() + kernel[n:, n:].mean()
-    return (within - 2 * kernel[:n, n:].mean()).clamp(min=0)
+    within_x = kernel[:n, :n].mean()
+    within_y = kernel[n:, n:].mean()
+    between = kernel[:n, n:].mean()
+    return (within_x + within_y - 2 * between).clamp(min=0)
 
 
 # ---------- 4. Evaluation ------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def train(clip, class_features, task, row, seed: int) -> tuple:
     optimizer = torch.optim.AdamW(groups, weight_decay=row.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")
-    batches = common.source_batches(task.train, row.batch_size, seed, row.workers)
+    batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers)
     history, best, state = [], -1.0, {}
     visual.train()
     for step in tqdm(range(1, steps + 1), disable=None):
@@ -414,7 +414,7 @@ def drop_curves(clip, adapted, gates, class_features, task, row, seed: int):
 def analyse(args, task, run, visual, gates, class_features):
     """--figures: what heads are worth, and what they attend to; in numbers in analysis.npz."""
     clip, folder = args.clip, run.folder
-    images, labels, _ = next(common.source_batches(task.tests["hold-out"], 128, run.record["seed"]))
+    images, labels, _ = next(common.SourceBatches(task.tests["hold-out"], 128, run.record["seed"]))
     batch = images.to(clip.device), labels.to(clip.device)
     importance = head_importance(visual, class_features, clip.logit_scale, *batch)
     points = {"heads": {"": (gates.flatten(), importance.flatten())}}

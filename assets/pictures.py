@@ -50,18 +50,22 @@ def plot_panels(
 ) -> None:
     """A panel for each title of {title: {label: (x, y)}}.
 
-    Lines: y is (n,) or, for mean and deviation, (n, seeds). With style "points": points.
+    Lines: y is (n,) or, for mean and deviation, (n, seeds); x None: a level at the mean of y.
+    With style "points": points.
     """
     figure, grid = make_panels(1, len(panels), 4.2 * len(panels), 3.6)
     for panel, (title, curves) in zip(grid[0], panels.items()):
-        for label, (x, y) in curves.items():
+        for place, (label, (x, y)) in enumerate(curves.items()):
+            look = {"label": label, "color": f"C{place}"}
             if style == "points":
                 size = 10 if len(x) > 100 else 30
-                panel.scatter(x, y, s=size, alpha=0.7, label=label)
-                continue
-            mean, deviation = mean_and_deviation(np.asarray(y).reshape(len(x), -1))
-            marker = "." if len(x) < 50 else ""
-            panel.errorbar(x, mean, deviation, marker=marker, capsize=3, label=label)
+                panel.scatter(x, y, s=size, alpha=0.7, **look)
+            elif x is None:
+                panel.axhline(np.mean(y), linestyle="dashed", **look)
+            else:
+                mean, deviation = mean_and_deviation(np.asarray(y).reshape(len(x), -1))
+                marker = "." if len(x) < 50 else ""
+                panel.errorbar(x, mean, deviation, marker=marker, capsize=3, **look)
         panel.set(title=title, xlabel=x_label, ylabel=y_label, **axes)
     add_legend(figure, grid[0, -1], len(panels))
     save_figure(figure, path)

@@ -194,27 +194,22 @@ def is_number(text: str) -> bool:
 
 def plot_sweep(records: list[dict], setting: str, usual: float, path: Path) -> None:
     """Accuracies over a setting of the rows, `mms/margin=0.1`; of `mms`, its usual value. A panel
-    for each measure, a line for each name; level where a name has one value only."""
-    values = {}  # of the setting in each row
+    for each measure, a line for each name; a level for a name that has one value only."""
+    values = {}  # {name: {value: row}}
     for row in records[0]["rows"]:
-        own = row.partition("=")[2]
-        values[row] = float(own or usual)
-    ends = min(values.values()), max(values.values())
+        name, _, own = row.partition("/")
+        value = float(own.partition("=")[2] or usual)
+        values.setdefault(name, {})[value] = row
     panels = {}
     for measure in measures_of(records):
         panels[measure] = {}
-        for name in dict.fromkeys(row.partition("/")[0] for row in values):
-            curve = {}
-            for row, value in values.items():
-                accuracies = seed_means(records, row, measure)
-                if row.partition("/")[0] == name and accuracies:
-                    curve[value] = 100 * np.array(accuracies)
-            if len(curve) == 1:
-                (level,) = curve.values()
-                curve = dict.fromkeys(ends, level)
-            x = sorted(curve)
-            panels[measure][name] = x, [curve[value] for value in x]
-    plot_panels(panels, setting, "accuracy, %", path, xscale=scale_of(values.values()))
+        for name, rows in values.items():
+            x = sorted(rows)
+            y = [100 * np.array(seed_means(records, rows[value], measure)) for value in x]
+            if len(y[0]):
+                panels[measure][name] = (x if len(x) > 1 else None), y
+    swept = max(values.values(), key=len)
+    plot_panels(panels, setting, "accuracy, %", path, xscale=scale_of(swept))
 
 
 def scale_of(values) -> str:

@@ -44,9 +44,9 @@ def test_too_few_images_to_hold_out_are_an_error():
         common.leave_one_out(domains, "b", None, None)
 
 
-def test_source_batches_are_balanced_endless_and_repeatable():
+def test_SourceBatches_are_balanced_endless_and_repeatable():
     sets = {"small": toy_set([0] * 3), "large": toy_set([1] * 50)}
-    batches, again = (common.source_batches(sets, 4, seed=9) for _ in range(2))
+    batches, again = (common.SourceBatches(sets, 4, seed=9) for _ in range(2))
     for _ in range(20):
         (images, labels, domain), (same, _, _) = next(batches), next(again)
         assert labels.tolist() == [0] * 4 + [1] * 4
@@ -54,9 +54,9 @@ def test_source_batches_are_balanced_endless_and_repeatable():
         assert torch.equal(images, same)
 
 
-def test_source_batches_visit_every_image_equally_often():
+def test_SourceBatches_visit_every_image_equally_often():
     images = toy_set(list(range(5)), tuple("abcde"))
-    batches = common.source_batches({"only": images}, 2, seed=0)
+    batches = common.SourceBatches({"only": images}, 2, seed=0)
     drawn = torch.cat([next(batches)[1] for _ in range(10)])
     assert drawn.bincount().tolist() == [4] * 5
 
