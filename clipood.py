@@ -437,7 +437,7 @@ def trainings(rows: dict) -> list[dict]:
 # ---------- Settings: name, kind, default, default with the tiny CLIP, help ----------------------
 TASKS = ("domain-shift", "open-class", "in-the-wild")
 WITH_PARTS = [name for name, row in common.DATASETS.items() if "template" in row]
-BELOW = "(default: see below)"
+ABOVE = "(default: see above)"
 TEMPLATES = (
     "prompts, averaged; or: ensemble (default: that of assets/datasets.json, a photo of a {}.)"
 )
@@ -450,31 +450,21 @@ OF_ALL_ROWS = [
     ("eval-every", common.at_least(0), None, None, "epochs between tests (0; 1 in study average)"),
 ]
 SETTINGS = [
-    ("margin", common.at_least(0, float), None, None, f"lambda of MMS, Eq. 3 {BELOW}"),
-    ("beta", common.positive, None, None, f"of BMA, Eq. 6 {BELOW}"),
+    ("margin", common.at_least(0, float), None, None, f"lambda of MMS, Eq. 3 {ABOVE}"),
+    ("beta", common.positive, None, None, f"of BMA, Eq. 6 {ABOVE}"),
     ("ema", common.share, 0.999, 0.95, "decay of EMA, our choice"),
     ("wise-ft", common.share, 0.5, 0.5, "share of the fine-tuned weights, our choice"),
-    ("batch-size", common.at_least(1), None, None, f"images per source domain in a step {BELOW}"),
-    ("lr", common.positive, None, None, f"at the start; a cosine takes it to 0 {BELOW}"),
+    ("batch-size", common.at_least(1), None, None, f"images per source domain in a step {ABOVE}"),
+    ("lr", common.positive, None, None, f"at the start; a cosine takes it to 0 {ABOVE}"),
     ("head-lr", common.positive, 1e-3, 3e-3, "of the linear classifier, our choice"),
     ("weight-decay", common.at_least(0, float), 0.1, 0.1, "of AdamW, published"),
-    ("epochs", common.at_least(1), None, None, BELOW),
+    ("epochs", common.at_least(1), None, None, ABOVE),
     ("steps-per-epoch", common.at_least(1), 500, 20, "published: 500"),
 ]
 METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES)
-# {task: {data set, "tiny CLIP" or "any other": defaults}}
-DEFAULTS = json.loads(Path(__file__).with_name("assets").joinpath("clipood.json").read_text())
-
-
-def defaults_table() -> str:
-    """What --help says of defaults that depend on the task and the data set."""
-    *columns, _ = DEFAULTS["domain-shift"]["pacs"]
-    rows = {}
-    for task, defaults in DEFAULTS.items():
-        for dataset, own in defaults.items():
-            numbers = [f"{own[column]:g}" for column in columns]
-            rows[f"{task}, {dataset}"] = [*numbers, own["source"]]
-    return common.format_table("defaults", [*columns, "source"], rows)
+# {"task, data set": its settings}; also of "tiny CLIP", and of "any other" data set
+FILE = Path(__file__).with_name("assets") / "clipood.json"
+DEFAULTS = json.loads(FILE.read_text())
 
 
 def preset(args) -> dict:
@@ -488,10 +478,9 @@ def preset(args) -> dict:
     if task not in possible:
         what = f"--task {task} needs domains, {name} has none"
         raise common.InputError(f"{what}: use --task open-class")
-    defaults = DEFAULTS[task]
-    own = defaults.get(name, defaults["any other"])
+    own = DEFAULTS.get(f"{task}, {name}", DEFAULTS[f"{task}, any other"])
     if args.model == "tiny" or (args.model is None and name.startswith("tiny-")):
-        own = defaults["tiny CLIP"]
+        own = DEFAULTS[f"{task}, tiny CLIP"]
     dataset = common.DATASETS.get(name, {})
     found = {**own, "task": task, "templates": [dataset.get("template", "a photo of a {}.")]}
     found["eval_every"] = 1 if args.study == "average" else 0
@@ -502,27 +491,31 @@ def preset(args) -> dict:
 
 
 # ---------- Figures ------------------------------------------------------------------------------
-def weights_in_average(average: str, value: float, steps: int) -> torch.Tensor:
-    """What theta_0 ... theta_T weigh in the average after T steps, (T + 1,); see
-    `average_shares`."""
+def weights_in_average(average: str, value: float, steps: int) -> tuple[torch.Tensor, list]:
+    """What theta_0 ... theta_T weigh in the average after T steps, and what theta_0 weighs after 0
+    ... T steps, (T + 1,) both; see `average_shares`."""
     weights = torch.ones(1, dtype=torch.float64)
+    of_start = [1.0]
     for share in average_shares(average, value, steps):
         weights = torch.cat([(1 - share) * weights, share[None]])
-    return weights
+        of_start.append(weights[0].item())
+    return weights, of_start
 
 
 def draw_figures(args, class_features: torch.Tensor, folder: Path) -> None:
     """--figures: Figure 4, the weights in an average; they and D of Eq. 4 in analysis.npz."""
+    numbers = {"distances": class_distances(class_features.cpu())}
     steps = args.epochs * args.steps_per_epoch
-    weights, curves = {}, {}
+    t, final, start = range(steps + 1), {}, {}
     for average, value in (("ema", args.ema), ("bma", args.beta), ("bma", 1.0)):
         label = f"{average} {value:g}"
-        weights[label] = weights_in_average(average, value, steps)
-        curves[label] = range(steps + 1), weights[label]
-    panels = {rf"$\theta_t$ in the average after {steps} steps": curves}
-    common.plot_panels(panels, "t", "weight", folder / "averages.png", yscale="log")
-    distances = class_distances(class_features.cpu())
-    np.savez(folder / "analysis.npz", distances=distances, **weights)
+        numbers[label], of_start = weights_in_average(average, value, steps)
+        final[label] = t, numbers[label]
+        start[label] = t, of_start
+    panels = {rf"$\theta_t$ after {steps} steps": final, r"$\theta_0$ after t steps": start}
+    path = folder / "averages.png"
+    common.plot_panels(panels, "t", "weight in the average", path, yscale="log")
+    np.savez(folder / "analysis.npz", **numbers)
 
 
 # ---------- main ---------------------------------------------------------------------------------
@@ -540,6 +533,7 @@ def compare(args, task: common.Task, run) -> None:
                 common.export_clip(clip, folder, class_features, task.classes, models[name])
             measures = test(clip, models[name], row, task)
             run.add(name, measures, state)  # trained, if it is killed here
+    run.record["rows"] = {name: run.rows[name] for name in args.rows}  # the table's order
     if args.figures:
         draw_figures(args, class_features, run.folder)
 
@@ -549,7 +543,8 @@ def train_rows(clip, task, rows: dict, run) -> tuple[dict, dict]:
     row, key = first(rows), "/".join(rows)
     if row.loss == "zero-shot":
         return dict.fromkeys(rows, clip.visual), {}
-    class_features = clip.class_features(first(task.train).classes, row.templates)
+    classes = first(task.train).classes
+    class_features = clip.class_features(classes, row.templates)
     saved = run.state and run.state.get(key)  # it may belong to another training
     training = train(clip, task, rows, class_features, run.record["seed"], saved)
     for models, state in training:
@@ -575,7 +570,8 @@ MAIN_MEASURES = ("target", "total", "H", "average OOD", "base")
 
 def main():
     names = common.dataset_names("domains") + WITH_PARTS
-    args = common.flags(METHOD, f"{__doc__}\n{defaults_table()}", MODES, names, OF_ALL_ROWS)
+    doc = f"{__doc__}\n{common.value_table('defaults', DEFAULTS)}"
+    args = common.flags(METHOD, doc, MODES, names, OF_ALL_ROWS)
     args = common.settle(args, preset(args))
     data = load_data(args, args.seeds[0])
     targets = [args.dataset]

@@ -58,6 +58,7 @@ from assets.report import report as report
 from assets.report import seed_means as seed_means
 from assets.report import table as table
 from assets.report import target_table as target_table
+from assets.report import value_table as value_table
 from assets.runs import Run as Run
 from assets.runs import command as command
 from assets.runs import open_run as open_run

@@ -89,6 +89,15 @@ def format_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> 
     return "\n".join([head, "-" * len(head), *body])
 
 
+def value_table(title: str, rows: dict[str, dict]) -> str:
+    """{row: {column: value}}, all rows with the same columns."""
+    columns = list(next(iter(rows.values())))
+    cells = {}
+    for name, values in rows.items():
+        cells[name] = [str(value) for value in values.values()]
+    return format_table(title, columns, cells)
+
+
 def table(title: str, records: list[dict], versus: str | None = None) -> str:
     """A column for each measure: averages over the targets of a seed, mean ± deviation over seeds,
     - where a row lacks it. With `versus`, a measure: what the last row gains over each other."""

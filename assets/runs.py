@@ -99,7 +99,6 @@ def open_run(args, target: str, seed: int, label: str = ""):
     made = make_folder(run.folder, keep=bool(run.rows or run.state))
     try:
         yield run
-        run.record["rows"] = {row: run.rows[row] for row in args.rows}  # the order of the table
         run.record = json.loads(json.dumps(run.record))
         write_json(run.folder / "result.json", {"settings": settings, **run.record})
     except BaseException:

@@ -192,7 +192,7 @@ def test_other_averages(average, value, weights):
 @pytest.mark.parametrize("average, value", [("bma", 0.5), ("ema", 0.9), ("wise-ft", 0.3)])
 def test_weights_in_an_average_are_those_of_the_trajectory(average, value):
     """Averages of one number: theta_t is 1 for one t alone, so the average is its weight."""
-    weights = clipood.weights_in_average(average, value, 6)
+    weights, of_start = clipood.weights_in_average(average, value, 6)
     shares = average_shares(average, value, 6)
     for t in range(7):
         model = nn.Linear(1, 1, bias=False).double()
@@ -201,6 +201,8 @@ def test_weights_in_an_average_are_those_of_the_trajectory(average, value):
         for step in range(1, 7):
             nn.init.constant_(model.weight, float(step == t))
             running.update(model)
+            if t == 0:
+                assert running.model.weight.item() == pytest.approx(of_start[step], abs=1e-12)
         assert running.model.weight.item() == pytest.approx(weights[t].item(), abs=1e-12)
 
 
