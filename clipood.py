@@ -236,9 +236,6 @@ def first(named: dict):
 
 
 # ---------- Testing ------------------------------------------------------------------------------
-IMAGENET_SHIFTS = ["imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"]
-
-
 def classifier(clip, model, row, trained: tuple, classes: tuple):
     """images (B, 3, h, w) -> scores over `classes` (B, C); None if it can name none of them.
 
@@ -276,7 +273,7 @@ def test(clip, model, row, task: common.Task) -> dict[str, float]:
         measures[name] = accuracies[name]
     if "base" in measures and "new" in measures:
         measures["H"] = harmonic_mean(measures["base"], measures["new"])
-    shifts = [measures[name] for name in IMAGENET_SHIFTS if name in measures]
+    shifts = [measures[name] for name in common.IMAGENET_SHIFTS if name in measures]
     if shifts:
         measures["average OOD"] = sum(shifts) / len(shifts)
     return measures
@@ -294,12 +291,12 @@ def make_task(args, data, target: str, seed: int, preprocess, augment) -> common
     """The task of --task; training images are transformed by `augment`, others by `preprocess`."""
     has_parts = isinstance(data, dict)
     if args.task == "in-the-wild":
-        task = in_the_wild(data, target)
+        task = common.in_the_wild(data, target)
     elif args.task == "open-class":
-        parts = data if has_parts else parts_of_domain(data, target)
-        task = open_class(args, parts, target, seed)
+        parts = data if has_parts else common.parts_of_domain(data, target)
+        task = common.open_class(parts, target, args.shots, seed)
     elif has_parts:
-        task = imagenet_shift(args, data, seed)
+        task = common.imagenet_shift(data, args.shots, seed)
     else:
         task = domain_shift(args, data, target)
     for name, images in task.train.items():
@@ -321,73 +318,13 @@ def domain_shift(args, domains, target: str) -> common.Task:
     return task
 
 
-def imagenet_shift(args, parts: dict, seed: int) -> common.Task:
-    """Train on a few shots of all classes; test on the validation set and on what shifts it."""
-    train = common.few_shot(parts["train"], args.shots, seed)
-    tests = {"imagenet": {"imagenet": parts["test"]}}
-    for name in IMAGENET_SHIFTS:
-        tests[name] = {name: parts[name]}
-    return common.Task(train.classes, {"imagenet": train}, tests)
-
-
-def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
-    """The first half of n classes and the rest; a middle one is base (open class) or new (wild)."""
-    if n < 2:
-        raise common.InputError(f"base and new classes need at least 2 classes, there are {n}")
-    base = (n + odd_to_base) // 2
-    return range(base), range(base, n)
-
-
-def open_class(args, parts: dict, name: str, seed: int) -> common.Task:
-    """Train on a few shots of base classes; test base and new apart, each over its own names."""
-    classes = parts["train"].classes
-    base, new = base_and_new(len(classes))
-    train = parts["train"].of_classes(base)
-    validation = parts["val"].of_classes(base)
-    train = common.few_shot(train, args.shots, seed)
-    validation = common.few_shot(validation, min(args.shots, 4), seed, none_ok=True)
-    tests = {
-        "validation": {name: validation},
-        "base": {name: parts["test"].of_classes(base)},
-        "new": {name: parts["test"].of_classes(new)},
-    }
-    return common.Task(classes, {name: train}, tests)
-
-
-def parts_of_domain(domains, target: str) -> dict[str, common.ImageSet]:
-    """One domain as a data set; a real one, without a balanced part, is tested on its hold-out."""
-    index = [domain.name for domain in domains].index(target)
-    domain = domains[index]
-    validation, train = common.hold_out(domain.images, index)
-    return {"train": train, "val": validation, "test": domain.balanced or validation}
-
-
-def in_the_wild(domains, target: str) -> common.Task:
-    """Train on the base classes of all domains but one; test that one, over all class names."""
-    classes = domains[0].images.classes
-    base, new = base_and_new(len(classes), odd_to_base=False)
-    train, holdout, source, total = {}, {}, {}, {}
-    for index, domain in enumerate(domains):
-        name, tested = domain.name, domain.balanced or domain.images
-        if name == target:
-            total = {"base": tested.labelled(base), "new": tested.labelled(new)}
-            continue
-        images = domain.images.labelled(base)
-        holdout[name], rest = common.hold_out(images, index, "base")
-        train[name] = rest.of_classes(base)
-        if domain.balanced:
-            source[name] = tested.labelled(base)
-    tests = {"hold-out": holdout, "source": source, "total": total}
-    return common.Task(classes, train, tests)
-
-
 def load_data(args, seed: int):
     """The images of --dataset: a list of domains, or {part: images}."""
     if args.dataset not in common.dataset_names("parts"):
         return common.load_domains(args.dataset, args.data_root, seed, args.cue, WITH_PARTS)
     parts = common.load_parts(args.dataset, args.data_root)
     if args.task == "domain-shift":
-        for name in IMAGENET_SHIFTS:
+        for name in common.IMAGENET_SHIFTS:
             parts[name] = common.load_parts(name, args.data_root)["test"]
     return parts
 

@@ -1,9 +1,11 @@
 """What the four method files share: data sets, CLIP, MMD, evaluation.
 
-1. Data         image sets, benchmark folders, tiny stand-ins, splits, batches
-2. CLIP         `load_clip` and what travels with a CLIP, learned prompts, export
-3. MMD          `mmd2`
-4. Evaluation   `evaluate`, `outputs`
+1. Images       image sets; domains and parts of benchmarks, and their tiny stand-ins
+2. Tasks        what one run may see: unseen domains, unseen classes, both
+3. Batches      of all source domains alike
+4. CLIP         `load_clip` and what travels with a CLIP, learned prompts, export
+5. MMD          `mmd2`
+6. Evaluation   `evaluate`, `outputs`
 
 What any command needs comes from modules in assets/, and is called `common.X` like the rest:
 settings.py (flags; rows with settings of their own), runs.py (`open_run`: a folder that appears
@@ -88,7 +90,7 @@ from assets.tiny_world import (
 from assets.tiny_world import tiny_rng as tiny_rng
 
 
-# ---------- 1. Data ------------------------------------------------------------------------------
+# ---------- 1. Images ----------------------------------------------------------------------------
 @dataclass
 class ImageSet(Dataset):
     """Labelled images, either uint8 pixels in memory or files that are read when asked for.
@@ -158,15 +160,6 @@ class Domain:
     name: str
     images: ImageSet  # to train on; in a tiny domain the background goes with the class
     balanced: ImageSet | None = None  # to report on, if the domain has a part for that
-
-
-@dataclass
-class Task:
-    """What one run may see. Transforms are inside."""
-
-    classes: tuple[str, ...]
-    train: dict[str, ImageSet]  # by source domain
-    tests: dict[str, dict[str, ImageSet]]  # by test, then by domain; "hold-out" may choose a model
 
 
 # classes, images per class in the cued training part and in the balanced part of a domain
@@ -287,6 +280,21 @@ def image_transform(model: nn.Module, train: bool = False) -> Callable:
     return v2.Compose([*crop, *numbers])
 
 
+def training_transform(clip: Clip, dataset: str) -> Callable:
+    """CLIP's augmentation; none for tiny data, which are drawn in so many poses."""
+    return clip.preprocess if dataset.startswith("tiny-") else clip.augment
+
+
+# ---------- 2. Tasks -----------------------------------------------------------------------------
+@dataclass
+class Task:
+    """What one run may see. Transforms are inside."""
+
+    classes: tuple[str, ...]
+    train: dict[str, ImageSet]  # by source domain
+    tests: dict[str, dict[str, ImageSet]]  # by test, then by domain; "hold-out" may choose a model
+
+
 def choose_targets(text: str, names: list[str], what: str = "target") -> list[str]:
     """Domains meant by --target: a name in any case (spaces, `_` and `-` alike), its start, L100
     for location_100, a number, or `all`. Raises: InputError with the nearest name for others.
@@ -384,11 +392,70 @@ def few_shot(images: ImageSet, shots: int, seed: int, none_ok=False) -> ImageSet
     return images.subset(np.concatenate(chosen))
 
 
-def training_transform(clip: Clip, dataset: str) -> Callable:
-    """CLIP's augmentation; none for tiny data, which are drawn in so many poses."""
-    return clip.preprocess if dataset.startswith("tiny-") else clip.augment
+IMAGENET_SHIFTS = ["imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"]
 
 
+def imagenet_shift(parts: dict, shots: int, seed: int) -> Task:
+    """Train on a few shots of all classes; test on the validation set and on what shifts it."""
+    train = few_shot(parts["train"], shots, seed)
+    tests = {"imagenet": {"imagenet": parts["test"]}}
+    for name in IMAGENET_SHIFTS:
+        tests[name] = {name: parts[name]}
+    return Task(train.classes, {"imagenet": train}, tests)
+
+
+def base_and_new(n: int, odd_to_base: bool = True) -> tuple[range, range]:
+    """The first half of n classes and the rest; a middle one is base (open class) or new (wild)."""
+    if n < 2:
+        raise InputError(f"base and new classes need at least 2 classes, there are {n}")
+    base = (n + odd_to_base) // 2
+    return range(base), range(base, n)
+
+
+def open_class(parts: dict, name: str, shots: int, seed: int) -> Task:
+    """Train on a few shots of base classes; test base and new apart, each over its own names."""
+    classes = parts["train"].classes
+    base, new = base_and_new(len(classes))
+    train = parts["train"].of_classes(base)
+    validation = parts["val"].of_classes(base)
+    train = few_shot(train, shots, seed)
+    validation = few_shot(validation, min(shots, 4), seed, none_ok=True)
+    tests = {
+        "validation": {name: validation},
+        "base": {name: parts["test"].of_classes(base)},
+        "new": {name: parts["test"].of_classes(new)},
+    }
+    return Task(classes, {name: train}, tests)
+
+
+def parts_of_domain(domains, target: str) -> dict[str, ImageSet]:
+    """One domain as a data set; a real one, without a balanced part, is tested on its hold-out."""
+    index = [domain.name for domain in domains].index(target)
+    domain = domains[index]
+    validation, train = hold_out(domain.images, index)
+    return {"train": train, "val": validation, "test": domain.balanced or validation}
+
+
+def in_the_wild(domains, target: str) -> Task:
+    """Train on the base classes of all domains but one; test that one, over all class names."""
+    classes = domains[0].images.classes
+    base, new = base_and_new(len(classes), odd_to_base=False)
+    train, holdout, source, total = {}, {}, {}, {}
+    for index, domain in enumerate(domains):
+        name, tested = domain.name, domain.balanced or domain.images
+        if name == target:
+            total = {"base": tested.labelled(base), "new": tested.labelled(new)}
+            continue
+        images = domain.images.labelled(base)
+        holdout[name], rest = hold_out(images, index, "base")
+        train[name] = rest.of_classes(base)
+        if domain.balanced:
+            source[name] = tested.labelled(base)
+    tests = {"hold-out": holdout, "source": source, "total": total}
+    return Task(classes, train, tests)
+
+
+# ---------- 3. Batches ---------------------------------------------------------------------------
 def as_is(batch):
     return batch
 
@@ -467,7 +534,7 @@ def check_finite(loss, optimizer, scaler, where: str, batches: SourceBatches) ->
     )
 
 
-# ---------- 2. CLIP ------------------------------------------------------------------------------
+# ---------- 4. CLIP ------------------------------------------------------------------------------
 TINY_CLIP = Path(__file__).parent / "assets" / "tiny_clip"  # made by assets/pretrain_tiny_clip.py
 
 
@@ -691,7 +758,7 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     np.save(folder / "class_features.npy", class_features.cpu().numpy())
 
 
-# ---------- 3. MMD -------------------------------------------------------------------------------
+# ---------- 5. MMD -------------------------------------------------------------------------------
 def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
     """Squared maximum mean discrepancy of samples x (n, D) and y (m, D), the biased estimator.
 
@@ -727,7 +794,7 @@ def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
     return (within_x + within_y - 2 * between).clamp(min=0)
 
 
-# ---------- 4. Evaluation ------------------------------------------------------------------------
+# ---------- 6. Evaluation ------------------------------------------------------------------------
 def autocast(device: torch.device | str, precision: str):
     """Matrix products in half precision where `precision` says so; weights stay in float32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

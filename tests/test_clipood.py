@@ -278,13 +278,13 @@ def test_published_settings_by_task_and_data_set():
 # ---------- Few shots, base and new classes ------------------------------------------------------
 @pytest.mark.parametrize("n, base, wild", [(2, 1, 1), (7, 4, 3), (8, 4, 4), (65, 33, 32)])
 def test_base_and_new_classes(n, base, wild):
-    assert clipood.base_and_new(n) == (range(base), range(base, n))
-    assert clipood.base_and_new(n, odd_to_base=False) == (range(wild), range(wild, n))
+    assert common.base_and_new(n) == (range(base), range(base, n))
+    assert common.base_and_new(n, odd_to_base=False) == (range(wild), range(wild, n))
 
 
 def test_one_class_has_no_new_half():
     with pytest.raises(common.InputError, match="at least 2 classes"):
-        clipood.base_and_new(1)
+        common.base_and_new(1)
 
 
 def toy_images(counts):
@@ -601,7 +601,7 @@ def test_studies_that_sweep(command, two_domains, tmp_path, study):
 
 
 OPEN = ["validation", "base", "new", "H"]
-SHIFTS = ["imagenet", *clipood.IMAGENET_SHIFTS, "average OOD"]
+SHIFTS = ["imagenet", *common.IMAGENET_SHIFTS, "average OOD"]
 
 
 @pytest.mark.parametrize(
@@ -626,7 +626,7 @@ def test_data_sets_without_domains(
         assert h == pytest.approx(2 * base * new / (base + new) if base + new else 0)
         assert list(rows["linear"]) == ["validation", "base"]
     else:
-        shifts = [rows["linear"][name] for name in clipood.IMAGENET_SHIFTS]
+        shifts = [rows["linear"][name] for name in common.IMAGENET_SHIFTS]
         assert rows["linear"]["average OOD"] == pytest.approx(sum(shifts) / 4)
 
 
