@@ -22,6 +22,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -145,6 +146,31 @@ class BetaMovingAverage(nn.Module):
 
 
 # ---------- Training (Algorithm 1) ---------------------------------------------------------------
+def stored_in_half(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that the authors' code keeps in float16 between two steps: those of OpenAI's
+    `convert_weights`, all but norms and embeddings."""
+    stored = copy.deepcopy(model)
+    open_clip.model.convert_weights_to_lp(stored)
+    pairs = zip(model.parameters(), stored.parameters())
+    return [own for own, low in pairs if low.dtype == torch.float16]
+
+
+@torch.no_grad()
+def round_to_half(weights: list[nn.Parameter]) -> None:
+    """Round to float16: what changes a weight by less than about 1/4000 of it is lost."""
+    for weight in weights:
+        weight.copy_(weight.half())
+
+
+def share_moved(model: nn.Module, start: nn.Module) -> float:
+    """The share of weights that are not what they were, in [0, 1]."""
+    moved, total = 0, 0
+    for now, before in zip(model.parameters(), start.parameters()):
+        moved += (now != before).sum().item()
+        total += before.numel()
+    return moved / total
+
+
 def training_parts(clip, rows: dict, class_features, steps: int) -> dict:
     """All that changes in a training: a copy of the image tower, its optimizer, its averages."""
     row = first(rows)
@@ -173,8 +199,9 @@ def training_parts(clip, rows: dict, class_features, steps: int) -> dict:
 def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=None):
     """Fine-tune a copy of CLIP's image tower with the one loss of `rows`; all averages run along.
 
-    Every epoch starts from a random state of its own, so that an interrupted training continues
-    exactly at an epoch's end.
+    The model stays in eval mode, as in the authors' code: norms with statistics keep CLIP's. Every
+    epoch starts from a random state of its own, so that an interrupted training continues exactly
+    at an epoch's end.
 
     Args:
         rows: {name: row}, which differ in how the trajectory is averaged, see `trainings`.
@@ -191,6 +218,12 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     model, optimizer, schedule, scaler, *averages = parts.values()
+    half, half_averages = [], []
+    if row.storage == "float16":  # as in the authors' code
+        half = stored_in_half(model)
+        for average in averages:
+            half_averages += stored_in_half(average.model)
+    round_to_half(half + half_averages)
     models = {}
     for name in rows:
         models[name] = parts[name].model if name in parts else model
@@ -201,7 +234,6 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
         torch.manual_seed(epoch_seed)  # for augmentation
         batches = common.SourceBatches(task.train, row.batch_size, epoch_seed, row.workers)
         title = f"{'/'.join(rows)} {epoch + 1}"
-        model.train()
         for step in tqdm(range(row.steps_per_epoch), title, leave=False, disable=None):
             images, y, _ = next(batches)  # (S b, 3, h, w), (S b,)
             loss = loss_of(model, images, y, row, clip, class_features)
@@ -212,9 +244,10 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
+            round_to_half(half)
             for average in averages:
                 average.update(model)
-        model.eval()
+            round_to_half(half_averages)
         state = {"epoch": epoch + 1, "loss": loss.item()}
         yield models, state | {name: part.state_dict() for name, part in parts.items()}
 
@@ -349,21 +382,26 @@ STUDIES = {
     "margin": ["zero-shot", "ms", "ms+bma"],
     "average": ["zero-shot", "mms", "mms+ema", "mms+uniform", "mms+wise-ft"],
     "components": ["zero-shot", "linear", "ms", "mms", "mms+wise-ft", "mms+bma"],
+    "storage": ["zero-shot"],  # of weights: what the published learning rates are made for
 }
 for margin in ("/margin=0.1", "/margin=0.5", "/margin=1", ""):
     STUDIES["margin"] += [f"mms{margin}", f"mms+bma{margin}"]
 for beta in ("/beta=0.1", "/beta=0.3", "/beta=1", "/beta=2", ""):
     STUDIES["average"].append(f"mms+bma{beta}")
 
+for lr in ("/lr=5e-6", ""):
+    for storage in ("", "/storage=float16"):
+        STUDIES["storage"] += [f"mms{lr}{storage}", f"mms+bma{lr}{storage}"]
+
 # what a trajectory depends on; averages do not change it
-OF_TRAJECTORY = "loss margin batch_size lr head_lr weight_decay epochs steps_per_epoch".split()
+OF_TRAJECTORY = "loss margin batch_size lr head_lr weight_decay storage epochs steps_per_epoch"
 
 
 def trainings(rows: dict) -> list[dict]:
     """Rows that are averages of one trajectory together."""
     groups = {}
     for name, row in rows.items():
-        trajectory = tuple(getattr(row, setting) for setting in OF_TRAJECTORY)
+        trajectory = tuple(getattr(row, setting) for setting in OF_TRAJECTORY.split())
         groups.setdefault(trajectory, {})[name] = row
     return list(groups.values())
 
@@ -375,7 +413,10 @@ ABOVE = "(default: see above)"
 TEMPLATES = (
     "prompts, averaged; or: ensemble (default: that of assets/datasets.json, a photo of a {}.)"
 )
-PROTOCOL = "in domain-shift, test the whole target, or 20 % of it, as the authors' code does"
+PROTOCOL = (
+    "official: as the authors' code, weights stored in float16, images resized bilinearly, and "
+)
+PROTOCOL += "in domain-shift only 20 % of the target tested"
 OF_ALL_ROWS = [
     common.TARGET,
     ("task", TASKS, None, None, "unseen domains, classes, or both (domain-shift if it can)"),
@@ -393,6 +434,7 @@ SETTINGS = [
     ("lr", common.positive, None, None, f"at the start; a cosine takes it to 0 {ABOVE}"),
     ("head-lr", common.positive, 1e-3, 3e-3, "of the linear classifier, our choice"),
     ("weight-decay", common.at_least(0, float), 0.1, 0.1, "of AdamW, published"),
+    ("storage", ("float32", "float16"), "float32", "float32", "of weights between two steps"),
     ("epochs", common.at_least(1), None, None, ABOVE),
     ("steps-per-epoch", common.at_least(1), 500, 20, "published: 500"),
 ]
@@ -419,6 +461,8 @@ def preset(args) -> dict:
     dataset = common.DATASETS.get(name, {})
     found = {**own, "task": task, "templates": [dataset.get("template", "a photo of a {}.")]}
     found["eval_every"] = 1 if args.study == "average" else 0
+    if args.protocol == "official":
+        found["storage"] = "float16"
     if args.study:
         file = f"clipood-{args.study}-{common.slug(name)}-{task}.json"
         found["summary"] = Path("results", file)
@@ -467,6 +511,8 @@ def compare(args, task: common.Task, run) -> None:
                 folder = run.folder / "model"
                 common.export_clip(clip, folder, class_features, task.classes, models[name])
             measures = test(clip, models[name], row, task)
+            moved = share_moved(models[name], clip.visual)
+            run.extra.setdefault(name, {})["weights moved"] = moved
             run.add(name, measures, state)  # trained, if it is killed here
     run.record["rows"] = {name: run.rows[name] for name in args.rows}  # the table's order
     if args.figures:
@@ -512,7 +558,9 @@ def main():
     targets = [args.dataset]
     if isinstance(data, list):
         targets = common.choose_targets(args.target, [domain.name for domain in data])
-    args.clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
+    interpolation = "bilinear" if args.protocol == "official" else None
+    clip = args.model, args.pretrained, args.device, args.precision, interpolation
+    args.clip = common.load_clip(*clip)
     augment = common.training_transform(args.clip, args.dataset)
     label = "" if args.task == "domain-shift" else args.task
     records = []

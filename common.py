@@ -416,10 +416,10 @@ def open_class(parts: dict, name: str, shots: int, seed: int) -> Task:
     """Train on a few shots of base classes; test base and new apart, each over its own names."""
     classes = parts["train"].classes
     base, new = base_and_new(len(classes))
-    train = parts["train"].of_classes(base)
+    train = few_shot(parts["train"].of_classes(base), shots, seed)
     validation = parts["val"].of_classes(base)
-    train = few_shot(train, shots, seed)
-    validation = few_shot(validation, min(shots, 4), seed, none_ok=True)
+    if name != "imagenet":  # whose validation images are its test images, all of them
+        validation = few_shot(validation, min(shots, 4), seed, none_ok=True)
     tests = {
         "validation": {name: validation},
         "base": {name: parts["test"].of_classes(base)},
@@ -600,7 +600,9 @@ class Clip:
         return [text for text in templates if vocabulary.issuperset(WordTokenizer.words(text))]
 
 
-def load_clip(name="tiny", pretrained=None, device="cpu", precision="fp32") -> Clip:
+def load_clip(
+    name="tiny", pretrained=None, device="cpu", precision="fp32", interpolation=None
+) -> Clip:
     """Load a frozen CLIP, its weights in float32.
 
     Args:
@@ -608,6 +610,7 @@ def load_clip(name="tiny", pretrained=None, device="cpu", precision="fp32") -> C
         pretrained: for an open_clip name, a tag (default `openai`) or a checkpoint file. OpenAI's
             own weights in a file need a name that ends in `-quickgelu`: the file does not tell its
             activation. For a tag the right one is set here.
+        interpolation: how images are resized, in place of what the model's own settings say.
     Raises: InputError if the name is unknown or the weights cannot be had.
     """
     if name == "tiny":
@@ -642,6 +645,9 @@ def load_clip(name="tiny", pretrained=None, device="cpu", precision="fp32") -> C
         tokenizer = open_clip.get_tokenizer(name)
     model_config["quick_gelu"] = quick_gelu or model_config.get("quick_gelu", False)
     preprocess_config = open_clip.get_model_preprocess_cfg(model)
+    if interpolation:
+        preprocess_config = {**preprocess_config, "interpolation": interpolation}
+        open_clip.set_model_preprocess_cfg(model, preprocess_config)
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess_config}
     config["vocabulary"] = vocabulary
     model = model.eval().requires_grad_(False).to(device)

@@ -401,6 +401,15 @@ def test_open_class_task():
     assert tests["validation"].labels.bincount().max() <= 4
 
 
+def test_validation_images_of_imagenet_are_all_its_test_images():
+    parts = {"train": toy_images([9, 9, 9, 9]), "val": toy_images([9, 9, 9, 9])}
+    parts["test"] = parts["val"]
+    for name, images in (("imagenet", 18), ("sun397", 8)):
+        task = common.open_class(parts, name, 5, seed=0)
+        assert len(task.tests["validation"][name]) == images
+        assert len(task.tests["base"][name]) == 18
+
+
 def test_linear_classifier_names_only_what_it_was_trained_on():
     row = rows_of("linear")["linear"]
     clip, model = common.load_clip("tiny"), nn.Identity()
@@ -459,6 +468,69 @@ def test_training_moves_the_tower_by_the_gradient_of_the_loss():
         expected = -1e-4 * before.grad.sign()[large]
         assert torch.allclose((after - before)[large], expected, rtol=5e-2, atol=1e-7)
     assert not torch.equal(flat(tower_after), flat(clip.visual))
+
+
+def test_float16_storage_is_the_authors_loop():
+    """Their step written out: weights are float16; they become float32 for AdamW, and back."""
+    arguments = "--epochs 2 --lr 5e-6 --storage float16"
+    clip, task, rows, features = small_run("mms+bma", "mms", arguments=arguments)
+    models, _ = trained(clip, task, rows, features, seed=2)
+    stored = copy.deepcopy(clip.visual)
+    open_clip.model.convert_weights_to_lp(stored)  # theirs: OpenAI's function of this name
+    stored, mean = list(stored.parameters()), [p.clone() for p in stored.parameters()]
+    assert {weight.dtype for weight in stored} == {torch.float16, torch.float32}
+    tower = copy.deepcopy(clip.visual).requires_grad_(True)
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=5e-6, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    alpha = beta_weights(6, 0.5)
+    for t in range(1, 7):
+        if t in (1, 4):  # an epoch of three steps
+            torch.manual_seed(2000 + t // 4)
+            batches = common.SourceBatches(task.train, 4, 2000 + t // 4)
+        images, labels, _ = next(batches)
+        for weight, own in zip(tower.parameters(), stored):
+            weight.data = own.float()
+        image_features = F.normalize(tower(images), dim=-1)
+        loss = margin_metric_softmax(image_features, features, labels, clip.logit_scale, 0.3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        share = (alpha[t] / alpha[: t + 1].sum()).item()
+        for i, weight in enumerate(tower.parameters()):
+            stored[i] = weight.data.to(stored[i].dtype)
+            lerp = mean[i].float() + share * (stored[i].float() - mean[i].float())
+            mean[i] = lerp.to(mean[i].dtype)
+    for found, own in zip(models["mms"].parameters(), stored):
+        assert torch.equal(found, own.float())
+    for found, own in zip(models["mms+bma"].parameters(), mean):
+        assert torch.allclose(found, own.float(), rtol=1e-3, atol=1e-7)  # a last digit of float16
+    moved = clipood.share_moved(models["mms"], clip.visual)
+    assert 0 < moved < 0.3  # the published rate moves few such weights
+    full = small_run("mms", arguments="--epochs 2 --lr 5e-6")
+    towers, _ = trained(*full, seed=2)
+    assert clipood.share_moved(towers["mms"], clip.visual) > 0.99
+
+
+def test_norms_with_statistics_keep_those_of_clip():
+    clip, task, rows, features = small_run("mms", arguments="--epochs 1")
+    layers = [nn.Conv2d(3, 8, 8, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 64)]
+    clip.model.visual = nn.Sequential(*layers).eval()
+    models, _ = trained(clip, task, rows, features, seed=0)
+    norm = models["mms"][1]
+    assert norm.num_batches_tracked == 0 and torch.equal(norm.running_mean, torch.zeros(8))
+    assert not torch.equal(norm.weight, torch.ones(8))
+
+
+def test_official_protocol_resizes_bilinearly_and_stores_float16():
+    assert settings("--protocol official").storage == "float16"
+    assert settings("").storage == "float32"
+    for interpolation in (None, "bilinear"):
+        clip = common.load_clip("tiny", interpolation=interpolation)
+        expected = interpolation or "bicubic"
+        assert clip.config["preprocess_cfg"]["interpolation"] == expected
+        for transform in (clip.preprocess, clip.augment):
+            assert transform.transforms[0].interpolation.value == expected
 
 
 def test_averages_do_not_change_the_trajectory_and_wise_ft_is_the_middle():
@@ -595,7 +667,8 @@ def test_studies_that_sweep(command, two_domains, tmp_path, study):
     (folder,) = (tmp_path / "runs" / "clipood" / study).iterdir()
     steps = {}
     for row, own in result(folder)["extra"].items():
-        steps[row] = [point["step"] for point in own["history"]]
+        if "history" in own:
+            steps[row] = [point["step"] for point in own["history"]]
     trained = clipood.STUDIES[study][1:]
     assert steps == ({} if study == "margin" else dict.fromkeys(trained, [0, 2, 4]))
 
