@@ -171,7 +171,11 @@ def share_moved(model: nn.Module, start: nn.Module) -> float:
     return moved / total
 
 
-def training_parts(clip, rows: dict, class_features, steps: int) -> dict:
+IS_CLIP = ("zero-shot", "ms", "mms")  # what is learnt is an image tower
+PROMPTS = {"coop": common.CoOp, "cocoop": common.CoCoOp}  # what is learnt is words
+
+
+def training_parts(clip, task, rows: dict, class_features, steps: int) -> dict:
     """All that changes in a training: a copy of the image tower, its optimizer, its averages."""
     row = first(rows)
     model = copy.deepcopy(clip.visual).requires_grad_(True)
@@ -182,6 +186,11 @@ def training_parts(clip, rows: dict, class_features, steps: int) -> dict:
         groups.append({"params": list(head.parameters()), "lr": row.head_lr})
         model = nn.Sequential(model, head)
     optimizer = torch.optim.AdamW(groups, lr=row.lr, weight_decay=row.weight_decay)
+    if row.loss in PROMPTS:  # learns words, and the tower stays as it is
+        classes = first(task.train).classes
+        model = common.PromptClassifier(PROMPTS[row.loss](clip, classes))
+        sgd = {"lr": row.prompt_lr, "momentum": 0.9, "weight_decay": 5e-4}  # as published
+        optimizer = torch.optim.SGD(model.parameters(), **sgd)
     parts = {
         "model": model,
         "optimizer": optimizer,
@@ -212,7 +221,7 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
     """
     row = first(rows)
     torch.manual_seed(seed)
-    parts = training_parts(clip, rows, class_features, row.epochs * row.steps_per_epoch)
+    parts = training_parts(clip, task, rows, class_features, row.epochs * row.steps_per_epoch)
     state = saved or {"epoch": 0, "loss": None}
     if saved:
         for name, part in parts.items():
@@ -253,11 +262,11 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
 
 
 def loss_of(model, images, labels, row, clip, class_features) -> torch.Tensor:
-    """The loss of a batch: Eq. 3, or Eq. 1 for a linear classifier."""
+    """The loss of a batch: Eq. 3; Eq. 1 for a linear classifier and for learned prompts."""
     labels = labels.to(clip.device)
     with common.autocast(clip.device, clip.precision):
         output = model(images.to(clip.device, non_blocking=True))  # (S b, D or C)
-    if row.loss == "linear":
+    if row.loss not in IS_CLIP:
         return F.cross_entropy(output.float(), labels)
     features = F.normalize(output.float(), dim=-1)
     return margin_metric_softmax(features, class_features, labels, clip.logit_scale, row.margin)
@@ -274,10 +283,14 @@ def classifier(clip, model, row, trained: tuple, classes: tuple):
 
     A linear classifier names only the classes it was trained on; any other gets the score -inf.
     """
-    if row.loss != "linear":
+    if row.loss in IS_CLIP:
         class_features = clip.class_features(classes, row.templates)  # (C, D)
         return common.clip_classifier(model, class_features, clip.precision)
-    columns = [trained.index(name) if name in trained else -1 for name in classes]
+    columns = list(range(len(classes)))
+    if row.loss in PROMPTS:
+        model = common.PromptClassifier(model.prompts.of_classes(classes))
+    else:
+        columns = [trained.index(name) if name in trained else -1 for name in classes]
 
     def classify(images):
         with common.autocast(images.device, clip.precision):
@@ -320,32 +333,19 @@ def harmonic_mean(base: float, new: float) -> float:
 
 
 # ---------- Three tasks: unseen domains, unseen classes, both ------------------------------------
-def make_task(args, data, target: str, seed: int, preprocess, augment) -> common.Task:
-    """The task of --task; training images are transformed by `augment`, others by `preprocess`."""
+def make_task(args, data, target: str, seed: int) -> common.Task:
+    """The task of --task, on domains or on a data set with parts (see `load_data`)."""
     has_parts = isinstance(data, dict)
     if args.task == "in-the-wild":
-        task = common.in_the_wild(data, target)
-    elif args.task == "open-class":
+        return common.in_the_wild(data, target)
+    if args.task == "open-class":
         parts = data if has_parts else common.parts_of_domain(data, target)
-        task = common.open_class(parts, target, args.shots, seed)
-    elif has_parts:
-        task = common.imagenet_shift(data, args.shots, seed)
-    else:
-        task = domain_shift(args, data, target)
-    for name, images in task.train.items():
-        task.train[name] = images.transformed(augment)
-    for sets in task.tests.values():
-        for name, images in sets.items():
-            sets[name] = images.transformed(preprocess)
-    task.tests = {test: sets for test, sets in task.tests.items() if sets}
-    return task
-
-
-def domain_shift(args, domains, target: str) -> common.Task:
-    """Train on all domains but one."""
-    task = common.leave_one_out(domains, target, None, None)
+        return common.open_class(parts, target, args.shots, seed)
+    if has_parts:
+        return common.imagenet_shift(data, args.shots, seed)
+    task = common.leave_one_out(data, target, None, None)
     if args.protocol == "official":
-        index = [domain.name for domain in domains].index(target)
+        index = [domain.name for domain in data].index(target)
         held_out, _ = common.hold_out(task.tests["target"][target], index)
         task.tests["target"] = {target: held_out}
     return task
@@ -367,6 +367,8 @@ def all_rows() -> dict[str, dict]:
     """A loss, alone or with an average: `mms+bma`. Numbers follow as settings:
     `mms+bma/margin=0.5/beta=0.1`."""
     rows = {"zero-shot": {"loss": "zero-shot", "average": ""}}
+    rows["coop"] = {"loss": "coop", "average": ""}
+    rows["cocoop"] = {"loss": "cocoop", "average": "", "batch_size": 1}  # as published
     for loss in ("linear", "ms", "mms"):
         margin = {"margin": 0.0} if loss == "ms" else {}  # Eq. 2 is Eq. 3 without margin
         rows[loss] = {"loss": loss, "average": "", **margin}
@@ -382,6 +384,7 @@ STUDIES = {
     "margin": ["zero-shot", "ms", "ms+bma"],
     "average": ["zero-shot", "mms", "mms+ema", "mms+uniform", "mms+wise-ft"],
     "components": ["zero-shot", "linear", "ms", "mms", "mms+wise-ft", "mms+bma"],
+    "prompts": ["zero-shot", "coop", "cocoop", "mms+bma"],
     "storage": ["zero-shot"],  # of weights: what the published learning rates are made for
 }
 for margin in ("/margin=0.1", "/margin=0.5", "/margin=1", ""):
@@ -394,7 +397,9 @@ for lr in ("/lr=5e-6", ""):
         STUDIES["storage"] += [f"mms{lr}{storage}", f"mms+bma{lr}{storage}"]
 
 # what a trajectory depends on; averages do not change it
-OF_TRAJECTORY = "loss margin batch_size lr head_lr weight_decay storage epochs steps_per_epoch"
+OF_TRAJECTORY = (
+    "loss margin batch_size lr head_lr prompt_lr weight_decay storage epochs steps_per_epoch"
+)
 
 
 def trainings(rows: dict) -> list[dict]:
@@ -433,6 +438,7 @@ SETTINGS = [
     ("batch-size", common.at_least(1), None, None, f"images per source domain in a step {ABOVE}"),
     ("lr", common.positive, None, None, f"at the start; a cosine takes it to 0 {ABOVE}"),
     ("head-lr", common.positive, 1e-3, 3e-3, "of the linear classifier, our choice"),
+    ("prompt-lr", common.positive, 2e-3, 2e-3, "of CoOp's and CoCoOp's words (published: 2e-3)"),
     ("weight-decay", common.at_least(0, float), 0.1, 0.1, "of AdamW, published"),
     ("storage", ("float32", "float16"), "float32", "float32", "of weights between two steps"),
     ("epochs", common.at_least(1), None, None, ABOVE),
@@ -507,12 +513,13 @@ def compare(args, task: common.Task, run) -> None:
             continue
         models, state = train_rows(clip, task, rows, run)
         for name, row in rows.items():
-            if name == args.modes[-1] and row.loss != "linear":  # which is no CLIP
+            if name == args.modes[-1] and row.loss in IS_CLIP:
                 folder = run.folder / "model"
                 common.export_clip(clip, folder, class_features, task.classes, models[name])
             measures = test(clip, models[name], row, task)
-            moved = share_moved(models[name], clip.visual)
-            run.extra.setdefault(name, {})["weights moved"] = moved
+            if row.loss in IS_CLIP:
+                moved = share_moved(models[name], clip.visual)
+                run.extra.setdefault(name, {})["weights moved"] = moved
             run.add(name, measures, state)  # trained, if it is killed here
     run.record["rows"] = {name: run.rows[name] for name in args.rows}  # the table's order
     if args.figures:
@@ -571,9 +578,8 @@ def main():
             print(f"\n{args.task} on {args.dataset}, target {target}, seed {seed}", flush=True)
             with common.open_run(args, target, seed, label) as run:
                 if not run.complete:
-                    transforms = args.clip.preprocess, augment
-                    task = make_task(args, data, target, seed, *transforms)
-                    compare(args, task, run)
+                    task = make_task(args, data, target, seed)
+                    compare(args, task.transformed(augment, args.clip.preprocess), run)
             records.append(run.record)
     measures = common.measures_of(records)
     common.report(args, records, next(name for name in MAIN_MEASURES if name in measures))

@@ -3,13 +3,14 @@
 1. Images       image sets; domains and parts of benchmarks, and their tiny stand-ins
 2. Tasks        what one run may see: unseen domains, unseen classes, both
 3. Batches      of all source domains alike
-4. CLIP         `load_clip` and what travels with a CLIP, learned prompts, export
+4. CLIP         `load_clip` and what travels with a CLIP, export
 5. MMD          `mmd2`
 6. Evaluation   `evaluate`, `outputs`
 
 What any command needs comes from modules in assets/, and is called `common.X` like the rest:
 settings.py (flags; rows with settings of their own), runs.py (`open_run`: a folder that appears
-when it is complete, or can be continued), report.py (tables and pictures of records), pictures.py.
+when it is complete, or can be continued), report.py (tables and pictures of records), pictures.py,
+prompts.py (CoOp and CoCoOp, which the papers compare with).
 
 Four words: a **Task** is what one run may see, a **row** is one line of a table, a **run** is one
 target and seed, and a **record** is what a run leaves: {"target", "seed", "rows": {row: {measure:
@@ -49,6 +50,11 @@ from assets.benchmarks import (
 from assets.pictures import plot_heat as plot_heat
 from assets.pictures import plot_images as plot_images
 from assets.pictures import plot_panels as plot_panels
+from assets.prompts import CoCoOp as CoCoOp
+from assets.prompts import CoOp as CoOp
+from assets.prompts import PromptClassifier as PromptClassifier
+from assets.prompts import encode_prompts as encode_prompts
+from assets.prompts import first_word as first_word
 from assets.report import closing_line as closing_line
 from assets.report import format_table as format_table
 from assets.report import gain as gain
@@ -294,6 +300,15 @@ class Task:
     train: dict[str, ImageSet]  # by source domain
     tests: dict[str, dict[str, ImageSet]]  # by test, then by domain; "hold-out" may choose a model
 
+    def transformed(self, augment: Callable, preprocess: Callable) -> Task:
+        """With one transform for training images, and one for all others."""
+        train, tests = {}, {}
+        for domain, images in self.train.items():
+            train[domain] = images.transformed(augment)
+        for test, sets in self.tests.items():
+            tests[test] = {name: images.transformed(preprocess) for name, images in sets.items()}
+        return Task(self.classes, train, tests)
+
 
 def choose_targets(text: str, names: list[str], what: str = "target") -> list[str]:
     """Domains meant by --target: a name in any case (spaces, `_` and `-` alike), its start, L100
@@ -452,6 +467,8 @@ def in_the_wild(domains, target: str) -> Task:
         if domain.balanced:
             source[name] = tested.labelled(base)
     tests = {"hold-out": holdout, "source": source, "total": total}
+    if not source:
+        del tests["source"]
     return Task(classes, train, tests)
 
 
@@ -666,83 +683,6 @@ def check_weights(name: str, pretrained: str) -> None:
     if pretrained not in tags and not Path(pretrained).is_file():
         wrong = f"--pretrained {pretrained!r} is neither a file nor a tag of {name}"
         raise InputError(f"{wrong}; its tags are: {', '.join(tags)}")
-
-
-def text_tower(model: nn.Module) -> nn.Module:
-    return getattr(model, "text", model)
-
-
-def first_word(tokenizer) -> int:
-    """Where the first word of a tokenised text stands: after a start token, if there is one."""
-    return int(tokenizer("")[0, 0] == tokenizer("a")[0, 0])
-
-
-def encode_prompts(model, tokens: torch.Tensor, start: int, vectors: torch.Tensor) -> torch.Tensor:
-    """Text features, unit-norm (n, D), of prompts in which learned vectors stand in for words.
-
-    Args:
-        tokens: (n, L).
-        vectors: (m, W), or (n, m, W) if every prompt has its own: the word embeddings at places
-            start ... start + m - 1. Gradients flow to them.
-    """
-
-    def replace_words(module, arguments, embedded):  # (n, L, W)
-        own = vectors.to(embedded.dtype).expand(len(embedded), -1, -1)  # (n, m, W)
-        end = start + own.shape[1]
-        return torch.cat([embedded[:, :start], own, embedded[:, end:]], 1)
-
-    handle = text_tower(model).token_embedding.register_forward_hook(replace_words)
-    try:
-        return model.encode_text(tokens, normalize=True)
-    finally:
-        handle.remove()
-
-
-class CoOp(nn.Module):
-    """Learned context in front of the class names, the same for all (Zhou et al., 2022, Eq. 2).
-
-        prompt of class c = v_1 ... v_m [name of c].        v (m, W): the only parameters
-
-    Args: context: a text, from whose word embeddings v starts (at the zero-shot prompt), or m, for
-    a random start as in the paper (standard deviation 0.02, from torch's generator).
-    """
-
-    def __init__(self, clip: Clip, class_names, context: str | int = "a photo of a"):
-        super().__init__()
-        self.clip = clip  # no module, so that CLIP's weights are none of ours
-        self.start = first_word(clip.tokenizer)
-        embedding = text_tower(clip.model).token_embedding
-        if isinstance(context, str):
-            words = clip.tokenizer(context)[0]
-            end = int(words.argmax())  # the end token has the highest number
-            vectors = embedding(words[self.start : end].to(clip.device))
-        else:
-            vectors = 0.02 * torch.randn(context, embedding.embedding_dim).to(clip.device)
-        self.context = nn.Parameter(vectors.detach().float())  # (m, W)
-        room = "a " * len(vectors)  # words that the vectors stand in for
-        texts = [f"{room}{name.replace('_', ' ')}." for name in class_names]
-        self.tokens = clip.tokenizer(texts).to(clip.device)  # (C, L)
-
-    def forward(self) -> torch.Tensor:
-        """Class features, unit-norm (C, D)."""
-        return encode_prompts(self.clip.model, self.tokens, self.start, self.context)
-
-    def fit(self, x, y, batch_size: int = 36, steps: int = 200, lr: float = 2e-3) -> torch.Tensor:
-        """Learn the context from unit-norm image features x (N, D) and labels y (N,) by
-        cross-entropy. Returns class features (C, D).
-
-        Batches come from torch's generator. Adam and steps are our choice (published: SGD).
-        """
-        optimizer = torch.optim.Adam(self.parameters(), lr)
-        device = self.context.device
-        for _ in range(steps):
-            some = torch.randint(len(x), (batch_size,))
-            logits = self.clip.logit_scale * x[some].to(device) @ self().T  # (B, C)
-            loss = F.cross_entropy(logits, y[some].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return self().detach()
 
 
 def export_clip(clip: Clip, folder, class_features, class_names, visual=None) -> None:

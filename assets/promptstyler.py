@@ -19,6 +19,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from prompts import encode_prompts, first_word
 from tiny_world import InputError, WordTokenizer
 from torch import nn
 
@@ -37,22 +38,6 @@ def style_loss(style, styled, content, earlier) -> torch.Tensor:
     return diversity + F.cross_entropy(styled @ content.T, labels)
 
 
-def encode_with_word(model, tokens, place: int, word) -> torch.Tensor:
-    """Unit-norm features (n, D) of tokens (n, L) whose word number `place` has the embedding `word`
-    (1, W)."""
-
-    def replace_word(module, arguments, embedded):  # (n, L, W)
-        own = word.expand(len(embedded), 1, -1)
-        return torch.cat([embedded[:, :place], own, embedded[:, place + 1 :]], 1)
-
-    embedding = getattr(model, "text", model).token_embedding
-    handle = embedding.register_forward_hook(replace_word)
-    try:
-        return model.encode_text(tokens, normalize=True)
-    finally:
-        handle.remove()
-
-
 def learn_styles(model, tokenizer, names, device, steps: int) -> list[torch.Tensor]:
     """For every style: features of its texts with every class, unit-norm (C, D)."""
     # the tiny CLIP has fewer words, and "style" is none of them
@@ -60,7 +45,7 @@ def learn_styles(model, tokenizer, names, device, steps: int) -> list[torch.Tens
     texts = [f"a a {noun} of a."]
     texts += [f"a a {noun} of a {name}." for name in names]  # the second "a" is S*
     tokens = tokenizer(texts).to(device)  # (1 + C, L)
-    place = 1 + int(tokenizer("")[0, 0] == tokenizer("a")[0, 0])  # after a start token, if any
+    place = 1 + first_word(tokenizer)  # of the second "a"
     with torch.no_grad():
         # one by one, as `Clip.class_features` in common.py: a batch would change the last bits
         content = [model.encode_text(tokenizer(f"{name}.").to(device), True) for name in names]
@@ -71,7 +56,7 @@ def learn_styles(model, tokenizer, names, device, steps: int) -> list[torch.Tens
         word = nn.Parameter(0.02 * torch.randn_like(embedding[:1]))
         optimizer = torch.optim.SGD([word], lr=0.002, momentum=0.9)
         for _ in range(steps):
-            features = encode_with_word(model, tokens, place, word)  # (1 + C, D)
+            features = encode_prompts(model, tokens, place, word)  # (1 + C, D)
             loss = style_loss(features[0], features[1:], content, styles)
             optimizer.zero_grad()
             loss.backward()

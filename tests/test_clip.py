@@ -258,6 +258,28 @@ def test_coop_lowers_its_loss(tiny):
 
 
 @torch.no_grad()
+def test_logits_of_cocoop_are_those_of_a_prompt_for_each_image(clip):
+    """Image by image and class by class, with the context moved by h written out."""
+    torch.manual_seed(0)
+    names = ("dog", "guitar")
+    prompts = common.CoCoOp(clip, names, context=3)
+    x = nn.functional.normalize(torch.randn(4, clip.encode_text(["a"]).shape[1]), dim=-1)
+    found = prompts.logits(x)
+    first, _, second = prompts.h
+    for i, image in enumerate(x):
+        hidden = (first.weight @ image + first.bias).clamp(min=0)
+        pi = second.weight @ hidden + second.bias
+        for c, name in enumerate(names):
+            alone = common.CoOp(clip, [name], context=3)
+            alone.context.copy_(prompts.context + pi)
+            logit = clip.logit_scale * alone()[0] @ image
+            assert found[i, c].item() == pytest.approx(logit.item(), abs=1e-4)
+    other = prompts.of_classes(["house", "dog"])
+    assert torch.allclose(other.logits(x)[:, 1], found[:, 0], atol=1e-4)
+    assert torch.equal(prompts.logits(x), found)  # of its own classes as before
+
+
+@torch.no_grad()
 def test_learned_vectors_are_words_to_the_text_tower(clip):
     """Embeddings of other words, put in, give the features of the prompt that has those words."""
     start = common.first_word(clip.tokenizer)

@@ -334,7 +334,9 @@ def toy_domains(names=("a", "b", "c"), balanced=False):
 def toy_task(arguments, target, seed=0, balanced=False):
     """The task of a command line on toy domains."""
     domains = toy_domains(balanced=balanced)
-    return clipood.make_task(settings(arguments), domains, target, seed, "test", "train")
+    return clipood.make_task(settings(arguments), domains, target, seed).transformed(
+        "train", "test"
+    )
 
 
 def values(images):
@@ -408,6 +410,22 @@ def test_validation_images_of_imagenet_are_all_its_test_images():
         task = common.open_class(parts, name, 5, seed=0)
         assert len(task.tests["validation"][name]) == images
         assert len(task.tests["base"][name]) == 18
+
+
+@pytest.mark.parametrize("loss", ["coop", "cocoop"])
+def test_learned_prompts_also_name_classes_that_were_not_trained(loss):
+    clip, task, rows, features = small_run(loss, arguments="--epochs 1 --prompt-lr 0.1")
+    models, _ = trained(clip, task, rows, features, seed=0)
+    images, _ = task.train["photo"].__getitems__(range(3))
+    trained_names = task.classes
+    for names in (trained_names, ("house", "tree", "dog")):
+        scores = clipood.classifier(clip, models[loss], rows[loss], trained_names, names)(images)
+        assert scores.shape == (3, len(names)) and scores.isfinite().all()
+        start = clip.logit_scale * clip.encode(task.train["photo"].subset(range(3)))
+        start = start @ clip.class_features(names).T
+        assert not torch.allclose(scores, start, atol=1e-2)
+    own = dict(models[loss].named_parameters())
+    assert all(name.startswith("prompts.") for name in own)  # of the tower nothing is trained
 
 
 def test_linear_classifier_names_only_what_it_was_trained_on():
