@@ -582,7 +582,8 @@ def main():
                     compare(args, task.transformed(augment, args.clip.preprocess), run)
             records.append(run.record)
     measures = common.measures_of(records)
-    common.report(args, records, next(name for name in MAIN_MEASURES if name in measures))
+    main_measure = next(name for name in MAIN_MEASURES if name in measures)
+    return common.report(args, records, main_measure)
 
 
 if __name__ == "__main__":

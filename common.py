@@ -10,7 +10,7 @@
 What any command needs comes from modules in assets/, and is called `common.X` like the rest:
 settings.py (flags; rows with settings of their own), runs.py (`open_run`: a folder that appears
 when it is complete, or can be continued), report.py (tables and pictures of records), pictures.py,
-prompts.py (CoOp and CoCoOp, which the papers compare with).
+prompts.py (CoOp and CoCoOp, which the papers compare with), command.py (errors in one line).
 
 Four words: a **Task** is what one run may see, a **row** is one line of a table, a **run** is one
 target and seed, and a **record** is what a run leaves: {"target", "seed", "rows": {row: {measure:
@@ -47,6 +47,7 @@ from assets.benchmarks import (
     read_folders,
     read_waterbirds_table,
 )
+from assets.command import command as command
 from assets.pictures import plot_heat as plot_heat
 from assets.pictures import plot_images as plot_images
 from assets.pictures import plot_panels as plot_panels
@@ -68,7 +69,6 @@ from assets.report import table as table
 from assets.report import target_table as target_table
 from assets.report import value_table as value_table
 from assets.runs import Run as Run
-from assets.runs import command as command
 from assets.runs import open_run as open_run
 from assets.runs import write_json
 from assets.settings import TARGET as TARGET

@@ -230,8 +230,9 @@ def scale_of(values) -> str:
 
 
 # ---------- The end of a command -----------------------------------------------------------------
-def report(args, records: list[dict], measure: str = "target") -> None:
-    """Tables over all runs, what they say, and which files were written."""
+def report(args, records: list[dict], measure: str = "target") -> tuple[list[dict], str]:
+    """Print tables over all runs, what they say, and which files were written. Returns: records and
+    measure, of which `report_average` makes an average over data sets."""
     runs = "run" if len(records) == 1 else "runs"
     versus = measure if len(records) > 1 else None
     print("\n" + table(f"{args.dataset}, {len(records)} {runs}, %", records, versus))
@@ -254,3 +255,44 @@ def report(args, records: list[dict], measure: str = "target") -> None:
         else:
             plot_rows(records, path)
         print(f"A picture is in {path}")
+    return records, measure
+
+
+def average_records(found: dict[str, list[dict]]) -> list[dict]:
+    """One record for every seed: rows and measures that all data sets have, averaged over them.
+
+    found: {data set: records}. H is that of the averaged accuracies on base and new classes, as in
+    the papers' tables.
+    """
+    first = next(iter(found.values()))
+    seeds = dict.fromkeys(record["seed"] for record in first)
+    averaged = [{"target": "average", "seed": seed, "rows": {}} for seed in seeds]
+    for row in first[0]["rows"]:
+        for measure in measures_of(first):
+            known = []
+            for records in found.values():
+                if row in records[0]["rows"]:
+                    known.append(seed_means(records, row, measure))  # (seeds,)
+            if len(known) < len(found) or not all(known):
+                continue
+            for record, mean in zip(averaged, np.mean(known, axis=0)):
+                record["rows"].setdefault(row, {})[measure] = float(mean)
+    for record in averaged:
+        for numbers in record["rows"].values():
+            if "H" in numbers:
+                base, new = numbers["base"], numbers["new"]
+                numbers["H"] = 2 * base * new / (base + new) if base + new else 0.0
+    return averaged
+
+
+def report_average(found: dict[str, list[dict]], measure: str) -> None:
+    """Print a column for each data set and for their average; then all measures of the average."""
+    averaged = average_records(found)
+    rows = {}
+    for row in averaged[0]["rows"]:
+        cells = [percent(seed_means(records, row, measure)) for records in found.values()]
+        rows[row] = [*cells, percent(seed_means(averaged, row, measure))]
+    print("\n" + format_table(f"{measure}, %", [*found, "average"], rows))
+    title = f"average of {len(found)} data set{'s' * (len(found) > 1)}, %"
+    print("\n" + table(title, averaged, measure))
+    print("\n" + closing_line(averaged, measure))

@@ -10,8 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,14 +162,3 @@ def resume(run: Run, final: Path) -> None:
 
 def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1, default=str) + "\n")
-
-
-def command(main: Callable) -> None:
-    """Run a script's `main`; an `InputError` becomes one clear message and exit code 2."""
-    try:
-        main()
-    except InputError as error:  # from a reader process the message arrives inside a traceback
-        print("error:", str(error).rsplit("InputError: ", 1)[-1].strip(), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -10,7 +10,10 @@ import torch
 from conftest import call, readme_script
 from PIL import Image
 
+import clipood
 import common
+from assets.command import command_lines
+from assets.report import average_records
 
 
 @pytest.mark.slow
@@ -205,3 +208,60 @@ def test_real_architecture_on_a_real_layout(checkout, pacs_tree, tmp_path):
 def test_pictures_are_pictures(root):
     with Image.open(root / "assets" / "tiny_world.png") as image:
         assert image.width >= 16 * 32 * 2 and image.height >= 4 * 32 * 2
+
+
+# ---------- Several data sets --------------------------------------------------------------------
+def test_a_command_line_for_each_data_set():
+    line = "--target all --dataset pacs vlcs --seeds 0 1".split()
+    lines = command_lines(line)
+    assert list(lines) == ["pacs", "vlcs"]
+    assert lines["vlcs"] == "--target all --dataset vlcs --seeds 0 1".split()
+    assert command_lines(["--seeds", "0"]) == {"": ["--seeds", "0"]}
+
+
+def made_up(rows):
+    """Records of two seeds and two targets, of {row: {measure: [number of each record]}}."""
+    places = [(seed, target) for seed in (3, 4) for target in ("x", "y")]
+    records = []
+    for place, (seed, target) in enumerate(places):
+        own = {}
+        for row, numbers in rows.items():
+            own[row] = {measure: values[place] for measure, values in numbers.items()}
+        records.append({"target": target, "seed": seed, "rows": own})
+    return records
+
+
+def test_average_over_data_sets_by_hand():
+    """Targets within a data set first, then data sets, a seed at a time; H of the averages."""
+    a = made_up(
+        {
+            "ms": {"base": [0.2, 0.4, 0.6, 0.8], "new": [0.1, 0.1, 0.2, 0.2], "H": [0.0] * 4},
+            "linear": {"base": [0.5] * 4},
+        }
+    )
+    b = made_up({"ms": {"base": [0.9] * 4, "new": [0.3, 0.5, 0.8, 0.8], "H": [0.0] * 4}})
+    averaged = average_records({"a": a, "b": b})
+    assert [record["seed"] for record in averaged] == [3, 4]
+    for record, base, new in zip(averaged, ((0.3 + 0.9) / 2, 0.8), ((0.1 + 0.4) / 2, 0.5)):
+        assert list(record["rows"]) == ["ms"]  # the other set has no linear
+        numbers = record["rows"]["ms"]
+        assert numbers["base"] == pytest.approx(base) and numbers["new"] == pytest.approx(new)
+        assert numbers["H"] == pytest.approx(2 / (1 / base + 1 / new))
+
+
+def test_several_data_sets_end_in_their_average_and_name_what_is_missing(
+    call_main, pacs_tree, tmp_path
+):
+    line = f"--data-root {pacs_tree} --model tiny --modes zero-shot --target photo --workers 0"
+    error = call_main(clipood.main, f"--dataset pacs vlcs tiny-pacs {line}")
+    assert error == "error: not in the average: vlcs; it is said above why\n"
+    assert {run.name for run in (tmp_path / "runs" / "clipood").iterdir()} == {
+        "pacs-photo-seed0",
+        "tiny-pacs-photo-seed0",
+    }
+    output = call_main(clipood.main, f"--dataset pacs tiny-pacs {line}")
+    assert re.search(r"target, % +pacs +tiny-pacs +average", output)
+    first, second, mean = re.findall(r"^zero-shot +(.*)$", output, re.M)[-2].split()
+    assert float(mean) == pytest.approx((float(first) + float(second)) / 2, abs=0.06)
+    error = call_main(clipood.main, f"--dataset pacs tiny-pacs {line} --summary all.json")
+    assert "--summary" in error and not (tmp_path / "all.json").exists()

@@ -44,7 +44,7 @@ def test_too_few_images_to_hold_out_are_an_error():
         common.leave_one_out(domains, "b", None, None)
 
 
-def test_SourceBatches_are_balanced_endless_and_repeatable():
+def test_source_batches_are_balanced_endless_and_repeatable():
     sets = {"small": toy_set([0] * 3), "large": toy_set([1] * 50)}
     batches, again = (common.SourceBatches(sets, 4, seed=9) for _ in range(2))
     for _ in range(20):
@@ -54,7 +54,7 @@ def test_SourceBatches_are_balanced_endless_and_repeatable():
         assert torch.equal(images, same)
 
 
-def test_SourceBatches_visit_every_image_equally_often():
+def test_source_batches_visit_every_image_equally_often():
     images = toy_set(list(range(5)), tuple("abcde"))
     batches = common.SourceBatches({"only": images}, 2, seed=0)
     drawn = torch.cat([next(batches)[1] for _ in range(10)])
@@ -76,3 +76,15 @@ def test_target_names_of_terra_and_all():
     assert common.choose_targets("all", TERRA) == TERRA
     with pytest.raises(common.InputError, match="unknown target 'location_4'"):  # starts two names
         common.choose_targets("location_4", TERRA)
+
+
+def test_names_of_a_batch_are_those_of_its_images():
+    """Images of two pixels that show their own number; also where processes read ahead."""
+    sets = {"a": toy_set(list(range(7)), tuple("abcdefg")), "b": toy_set([4] * 3, tuple("abcde"))}
+    for workers in (0, 1):
+        batches = common.SourceBatches(sets, 3, seed=1, workers=workers)
+        for _ in range(5):
+            _, labels, _ = next(batches)
+            names = batches.names()
+            assert names[:3] == [f"a number {label}" for label in labels[:3]]
+            assert [name[:-1] for name in names[3:]] == ["b number "] * 3

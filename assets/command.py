@@ -1,0 +1,64 @@
+"""A script as a command: one data set or several, and errors that are one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from assets.report import report_average
+from assets.tiny_world import InputError
+
+
+def command(main: Callable) -> None:
+    """Run a script's `main`, for each name of --dataset; an `InputError` becomes one clear message
+    and exit code 2."""
+    try:
+        lines = command_lines(sys.argv[1:])
+        if len(lines) > 1:
+            several(main, lines)
+        else:
+            main()
+    except InputError as error:
+        print("error:", message_of(error), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def message_of(error: InputError) -> str:
+    """From a reader process the message arrives inside a traceback."""
+    return str(error).rsplit("InputError: ", 1)[-1].strip()
+
+
+def command_lines(arguments: list[str]) -> dict[str, list[str]]:
+    """{data set: the arguments with this one alone}, for every name behind --dataset."""
+    if "--dataset" not in arguments:
+        return {"": arguments}
+    start = end = arguments.index("--dataset") + 1
+    while end < len(arguments) and not arguments[end].startswith("--"):
+        end += 1
+    lines = {}
+    for name in arguments[start:end]:
+        lines[name] = [*arguments[:start], name, *arguments[end:]]
+    return lines
+
+
+def several(main: Callable, lines: dict[str, list[str]]) -> None:
+    """Run `main`, which returns its records and their main measure, for one data set after another;
+    then average. Raises: InputError, in the end, that names what could not be run."""
+    for argument in sys.argv:
+        if argument.startswith("--summary"):
+            raise InputError("--summary holds the records of one data set: give one --dataset")
+    found, missing = {}, []
+    for name, arguments in lines.items():
+        print(f"\n=== {name}", flush=True)
+        sys.argv[1:] = arguments
+        try:
+            found[name], measure = main()
+        except InputError as error:
+            missing.append(name)
+            print(f"{name} is left out: {message_of(error)}", flush=True)
+    if found:
+        report_average(found, measure)
+    if missing:
+        raise InputError(f"not in the average: {', '.join(missing)}; it is said above why")
