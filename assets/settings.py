@@ -133,7 +133,8 @@ def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=
     parser = Parser(method.name, description=doc, formatter_class=raw, allow_abbrev=False)
     data = parser.add_argument_group("what is compared, on what")
     names = ", ".join(datasets) + " or folder:PATH" * ("pacs" in datasets)
-    data.add_argument("--dataset", default=datasets[0], help=f"{names} (default: {datasets[0]})")
+    names += f"; several: one after the other, then their average (default: {datasets[0]})"
+    data.add_argument("--dataset", default=datasets[0], help=names)
     rows = f"rows of the table, the last is the method: {', '.join(method.rows)}; a row may have "
     rows += f"settings of its own, {modes[-1]}/lr=1e-3 (default: {' '.join(modes)})"
     data.add_argument("--modes", nargs="+", metavar="ROW", help=rows)

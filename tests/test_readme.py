@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import common
+from assets.command import command_lines
 from results import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,9 +56,10 @@ def settings_of(monkeypatch):
         script, *arguments = shlex.split(command)[1:]
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(common, "settle", stop)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        with pytest.raises(Settled) as stopped:
-            importlib.import_module(script.removesuffix(".py")).main()
+        for own in command_lines(arguments).values():  # one for each data set
+            monkeypatch.setattr(sys, "argv", [script, *own])
+            with pytest.raises(Settled) as stopped:
+                importlib.import_module(script.removesuffix(".py")).main()
         return stopped.value.args[0]
 
     return read
