@@ -343,7 +343,7 @@ def make_task(args, data, target: str, seed: int) -> common.Task:
         return common.open_class(parts, target, args.shots, seed)
     if has_parts:
         return common.imagenet_shift(data, args.shots, seed)
-    task = common.leave_one_out(data, target, None, None)
+    task = common.leave_one_out(data, target)
     if args.protocol == "official":
         index = [domain.name for domain in data].index(target)
         held_out, _ = common.hold_out(task.tests["target"][target], index)

@@ -360,33 +360,29 @@ def hold_out(images: ImageSet, domain_index: int, part: str = "") -> tuple[Image
     return images.subset(held_out), images.subset(rest)
 
 
-def leave_one_out(domains: list[Domain], target: str, preprocess, augment) -> Task:
+def leave_one_out(domains: list[Domain], target: str) -> Task:
     """Train on 80 % of all domains but `target`.
 
     Tests: "hold-out", the other 20 % of the sources, the only images that may choose a model;
     "source" and "target", the balanced parts of tiny domains. A real domain has none: then the
     target is tested on all its images, and no "source", which would be the hold-out again.
     """
-    classes = domains[0].images.classes
     train, holdout, source, tested = {}, {}, {}, {}
     for index, domain in enumerate(domains):
         name = domain.name
-        balanced = domain.balanced and domain.balanced.transformed(preprocess)
         if name == target:
-            tested[name] = balanced or domain.images.transformed(preprocess)
+            tested[name] = domain.balanced or domain.images
             continue
-        held_out, rest = hold_out(domain.images, index)
-        if not len(held_out):
+        holdout[name], train[name] = hold_out(domain.images, index)
+        if not len(holdout[name]):
             few = f"only {len(domain.images)} images: too few to hold 20 % out"
             raise InputError(f"domain {name!r} has {few}")
-        train[name] = rest.transformed(augment)
-        holdout[name] = held_out.transformed(preprocess)
-        if balanced:
-            source[name] = balanced
+        if domain.balanced:
+            source[name] = domain.balanced
     tests = {"hold-out": holdout, "source": source, "target": tested}
     if not source:
         del tests["source"]
-    return Task(classes, train, tests)
+    return Task(domains[0].images.classes, train, tests)
 
 
 def few_shot(images: ImageSet, shots: int, seed: int, none_ok=False) -> ImageSet:
@@ -683,6 +679,30 @@ def check_weights(name: str, pretrained: str) -> None:
     if pretrained not in tags and not Path(pretrained).is_file():
         wrong = f"--pretrained {pretrained!r} is neither a file nor a tag of {name}"
         raise InputError(f"{wrong}; its tags are: {', '.join(tags)}")
+
+
+def read_class_features(path: str, clip: Clip, class_names) -> torch.Tensor:
+    """Class features (C, D) of any other prompt method, from a .npy file; made unit-norm.
+
+    Raises: InputError if the file is not one such array, with a row that is not 0 for each class.
+    """
+    shape = tuple(clip.class_features(class_names).shape)
+    need = f"needed is a {shape} array in .npy, a row for each of {', '.join(class_names)}"
+    try:
+        given = np.load(path)
+        features = torch.from_numpy(given).float()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"--class-features {path}: {error}; {need}") from None
+    wrong = None
+    if features.shape != shape:
+        wrong = f"its shape is {tuple(features.shape)}"
+    elif not features.isfinite().all():
+        wrong = "not all of its numbers are finite"
+    elif not features.norm(dim=1).all():
+        wrong = "a row of it is 0"
+    if wrong:
+        raise InputError(f"--class-features {path}: {wrong}; {need}")
+    return F.normalize(features, dim=-1).to(clip.device)
 
 
 def export_clip(clip: Clip, folder, class_features, class_names, visual=None) -> None:

@@ -32,6 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+from assets.heads import cls_attention, head_importance, head_names, silence
 
 
 # ---------- Purified attention: HA-LoRA and DIG --------------------------------------------------
@@ -59,20 +60,25 @@ class HeadPurifiedAttention(nn.Module):
         self.rank, self.scale = rank, scale
         H, D, d = mha.num_heads, mha.embed_dim, mha.head_dim
         new = {"device": mha.in_proj_weight.device, "dtype": mha.in_proj_weight.dtype}
-        for name in ("q", "v") if rank else ():
-            down = torch.randn(H if head_aware else 1, D, rank, **new)  # B (H or 1, D, r)
-            up = torch.zeros(H, rank, d, **new)  # A (H, r, d)
-            down = down / D**0.5  # z has unit variance: so has z @ B
-            self.register_parameter(f"down_{name}", nn.Parameter(down))
-            self.register_parameter(f"up_{name}", nn.Parameter(up))
-        self.gate_logits = nn.Parameter(torch.zeros(H, **new), requires_grad=gated)  # g (H,)
+        if rank:
+            downs = H if head_aware else 1
+            self.down_q = nn.Parameter(torch.randn(downs, D, rank, **new))  # B (H or 1, D, r)
+            self.up_q = nn.Parameter(torch.zeros(H, rank, d, **new))  # A (H, r, d)
+            self.down_v = nn.Parameter(torch.randn(downs, D, rank, **new))
+            self.up_v = nn.Parameter(torch.zeros(H, rank, d, **new))
+            for down in (self.down_q, self.down_v):
+                down.data /= D**0.5  # z has unit variance: so has z @ B
+        g = torch.zeros(H, **new)
+        self.gate_logits = nn.Parameter(g, requires_grad=gated)  # (H,)
 
     def gates(self) -> torch.Tensor:
         """a = H softmax(g): (H,), positive, sums to H."""
         return len(self.gate_logits) * self.gate_logits.softmax(0)
 
     def lora_parameters(self) -> list[nn.Parameter]:
-        return [self.down_q, self.up_q, self.down_v, self.up_v] if self.rank else []
+        if not self.rank:
+            return []
+        return [self.down_q, self.up_q, self.down_v, self.up_v]
 
     def in_projection(self) -> torch.Tensor:
         """[W_q W_k W_v] with the updates of all heads, (3D, D) as PyTorch stores it."""
@@ -93,7 +99,8 @@ class HeadPurifiedAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask)  # (B, H, N, d)
         heads = heads * self.gates().to(heads.dtype)[:, None, None]
-        return self.mha.out_proj(heads.transpose(1, 2).reshape(B, N, D)), None
+        tokens = heads.transpose(1, 2).reshape(B, N, D)  # heads side by side
+        return self.mha.out_proj(tokens), None
 
     @torch.no_grad()
     def merge(self) -> nn.MultiheadAttention:
@@ -119,9 +126,10 @@ def blocks(visual: nn.Module):
 def purify(visual, rank=2, last_rank=8, head_aware=True, gated=True, scale=1.0) -> list:
     """Swap purified attention into an image tower, in place, and freeze all else: `last_rank` in
     the last two layers, `rank` in the others; 0 and 0 for gates alone. Returns: the new layers."""
-    layers = blocks(visual.requires_grad_(False))
-    ranks = [rank] * (len(layers) - 2) + [last_rank] * 2
-    for block, r in zip(layers, ranks[-len(layers) :]):
+    visual.requires_grad_(False)
+    layers = blocks(visual)
+    for place, block in enumerate(layers, start=1):
+        r = last_rank if place > len(layers) - 2 else rank
         block.attn = HeadPurifiedAttention(block.attn, r, head_aware, gated, scale)
     return [block.attn for block in layers]
 
@@ -137,29 +145,31 @@ def merge(visual: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def recorded(visual: nn.Module, where: str):
     """A list that forward passes inside the block fill with tokens (B, N, D) of every layer:
-    "inputs", what attention reads; "heads", its gated heads side by side; "layers", what a layer
-    hands on. "output" leaves the list empty."""
-    tokens = []
+    "heads", its gated heads side by side; "layers", what it hands on; "output" leaves it empty."""
+    tokens, hooks = [], []
 
-    def keep(module, args, output=None):
-        tokens.append(args[0] if output is None else output)
+    def keep(module, arguments, output=None):
+        tokens.append(arguments[0] if output is None else output)
 
-    with contextlib.ExitStack() as stack:  # which removes the hooks
-        for block in blocks(visual):
-            if where == "layers":
-                stack.callback(block.register_forward_hook(keep).remove)
-            elif where != "output":
-                module = block.attn.mha.out_proj if where == "heads" else block.attn
-                stack.callback(module.register_forward_pre_hook(keep).remove)
+    for block in blocks(visual):
+        if where == "layers":
+            hooks.append(block.register_forward_hook(keep))
+        elif where == "heads":
+            hooks.append(block.attn.mha.out_proj.register_forward_pre_hook(keep))
+    try:
         yield tokens
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def mmd_loss(features: list[torch.Tensor], domain: torch.Tensor, bandwidths=None) -> torch.Tensor:
     """L_MMD: MMD^2 of domains of a batch, averaged over pairs of domains and the features (B, D) in
     the list. domain: (B,), numbers of domains. Raises: InputError if there is only one."""
-    pairs = list(itertools.combinations(domain.unique().tolist(), 2))
-    if not pairs:
+    domains = domain.unique().tolist()
+    if len(domains) < 2:
         raise common.InputError("L_MMD compares domains: two are needed, or --modes lora ha-lora")
+    pairs = list(itertools.combinations(domains, 2))
     distances = []
     for feature in features:
         x = F.normalize(feature.float(), dim=-1)
@@ -175,9 +185,11 @@ def route_gradients(loss_cls, loss_mmd, trained: list, reached: list, alpha: flo
     gradients = torch.autograd.grad(loss_cls, trained, retain_graph=bool(reached))
     for parameter, gradient in zip(trained, gradients):
         parameter.grad = gradient
-    if reached:
-        for parameter, gradient in zip(reached, torch.autograd.grad(loss_mmd, reached)):
-            parameter.grad = parameter.grad + alpha * gradient
+    if not reached:
+        return
+    gradients = torch.autograd.grad(loss_mmd, reached)
+    for parameter, gradient in zip(reached, gradients):
+        parameter.grad = parameter.grad + alpha * gradient
 
 
 def trained_now(strategy: str, step: int, steps: int, weights: list, gates: list) -> list:
@@ -198,15 +210,12 @@ def train(clip, class_features, task, row, seed: int) -> tuple:
     torch.manual_seed(seed)
     visual = copy.deepcopy(clip.visual)
     layers, weights, gates = make_trainable(visual, row)
-    reached = {"none": [], "lora": weights, "gates": gates, "both": weights + gates}[row.mmd_grad]
-    reached = set(reached)  # by L_MMD
-    images_per_step = row.batch_size * len(task.train)
-    steps_per_epoch = max(1, sum(map(len, task.train.values())) // images_per_step)
+    reached = {"none": [], "lora": weights, "gates": gates, "both": weights + gates}
+    reached = set(reached[row.mmd_grad])  # by L_MMD
+    images = sum(map(len, task.train.values()))
+    steps_per_epoch = max(1, images // (row.batch_size * len(task.train)))
     steps = row.epochs * steps_per_epoch
-    lr = row.full_lr if row.adapter == "full" else row.lr
-    of_gates = {"params": gates, "lr": row.gate_lr, "weight_decay": 0.0}
-    groups = [{"params": weights, "lr": lr}, of_gates]
-    optimizer = torch.optim.AdamW(groups, weight_decay=row.weight_decay)
+    optimizer = make_optimizer(row, weights, gates)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")
     batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers)
@@ -223,20 +232,40 @@ def train(clip, class_features, task, row, seed: int) -> tuple:
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-        if step % (row.eval_every * steps_per_epoch) == 0 or step == steps:
-            found = {"step": step, "loss_cls": loss_cls.item(), "loss_mmd": loss_mmd.item()}
-            history.append(found | validate(visual, class_features, task, row))
-            if history[-1]["hold-out"] > best:  # the target is never asked
-                best, state = history[-1]["hold-out"], copy.deepcopy(visual.state_dict())
+        if step % (row.eval_every * steps_per_epoch) and step < steps:
+            continue
+        found = {"step": step, "loss_cls": loss_cls.item(), "loss_mmd": loss_mmd.item()}
+        found |= validate(visual, class_features, task, row)
+        history.append(found)
+        if found["hold-out"] > best:  # the target is never asked
+            best = found["hold-out"]
+            state = copy.deepcopy(visual.state_dict())
     visual.load_state_dict(state)
-    count = sum(parameter.numel() for parameter in weights + gates)
-    share = count / sum(parameter.numel() for parameter in visual.parameters())
-    learnt = {"parameters": count, "share": share, "history": history}
-    learnt["gates"] = [layer.gates().tolist() for layer in layers]  # (layers, heads)
-    learnt["interference"] = interference([layer for layer in layers if layer.rank])
+    learnt = {**what_was_learnt(visual, layers, weights + gates), "history": history}
     if layers:
         merge(visual)
     return visual.eval(), learnt
+
+
+def make_optimizer(row, weights: list, gates: list) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate for gates of its own; they do not decay."""
+    lr = row.full_lr if row.adapter == "full" else row.lr
+    of_weights = {"params": weights, "lr": lr, "weight_decay": row.weight_decay}
+    of_gates = {"params": gates, "lr": row.gate_lr, "weight_decay": 0.0}
+    return torch.optim.AdamW([of_weights, of_gates])
+
+
+def what_was_learnt(visual, layers: list, trained: list) -> dict:
+    """For the record: how many parameters, the gates (layers, heads), see also `interference`."""
+    count = sum(parameter.numel() for parameter in trained)
+    total = sum(parameter.numel() for parameter in visual.parameters())
+    low_rank = [layer for layer in layers if layer.rank]
+    return {
+        "parameters": count,
+        "share": count / total,
+        "gates": [layer.gates().tolist() for layer in layers],
+        "interference": interference(low_rank),
+    }
 
 
 def losses(visual, images, labels, domain, class_features, logit_scale, row, reached):
@@ -244,31 +273,38 @@ def losses(visual, images, labels, domain, class_features, logit_scale, row, rea
     where = row.mmd_at if reached else "output"
     with common.autocast(row.device, row.precision), recorded(visual, where) as tokens:
         embedding = visual(images)  # (B, D)
-    logits = logit_scale * F.normalize(embedding.float(), dim=-1) @ class_features.T  # (B, C)
-    loss_cls = F.cross_entropy(logits, labels)
+    features = F.normalize(embedding.float(), dim=-1)
+    loss_cls = F.cross_entropy(logit_scale * features @ class_features.T, labels)
     if not reached:
         return loss_cls, torch.zeros((), device=row.device)
-    compared = [layer[:, 0] for layer in tokens] or [embedding]  # CLS tokens (B, D)
+    compared = [embedding]
+    if tokens:
+        compared = [layer[:, 0] for layer in tokens]  # CLS tokens (B, D)
     return loss_cls, mmd_loss(compared, domain, row.bandwidths)
 
 
 def make_trainable(visual, row) -> tuple:
     """Prepare an image tower, in place. Returns: purified layers; parameters: weights, gates."""
     if row.adapter == "full":
-        return [], list(visual.requires_grad_(True).parameters()), []
+        visual.requires_grad_(True)
+        return [], list(visual.parameters()), []
     ranks = lora_ranks(row, blocks(visual)[0].attn.num_heads)
     layers = purify(visual, *ranks, row.adapter == "ha-lora", row.gated, row.scale)
-    weights = [parameter for layer in layers for parameter in layer.lora_parameters()]
-    return layers, weights, [layer.gate_logits for layer in layers if row.gated]
+    weights, gates = [], []
+    for layer in layers:
+        weights += layer.lora_parameters()
+        if row.gated:
+            gates.append(layer.gate_logits)
+    return layers, weights, gates
 
 
 def lora_ranks(row, heads: int):
     """Ranks in most layers and in the last two. A projection has r (H D + D) parameters in HA-LoRA,
     r (D + D) in LoRA: as many where the r of LoRA is (H + 1) / 2 times as large."""
-    factor = int(row.adapter == "ha-lora")
+    factor = {None: 0, "ha-lora": 1, "lora": 1}[row.adapter]
     if row.adapter == "lora":
         factor = {"same": 1, "double": 2, "match": (heads + 1) / 2}[row.lora_rank]
-    return [round(factor * rank) for rank in (row.rank, row.last_rank)]
+    return round(factor * row.rank), round(factor * row.last_rank)
 
 
 def validate(visual, class_features, task, row):
@@ -279,12 +315,6 @@ def validate(visual, class_features, task, row):
     measures = common.evaluate(classify, tests, row.device, row.workers)
     visual.train()
     return {name: measures[name] for name in tests}
-
-
-def checkpoint_accuracies(history):
-    """Of checkpoints beside the source-validated one. The oracle bounds what selection can gain."""
-    targets = [found["target"] for found in history]
-    return {"target, last": targets[-1], "target, oracle": max(targets)}
 
 
 @torch.no_grad()
@@ -305,84 +335,39 @@ def interference(layers):
 # ---------- Class features by prompts, (C, D), unit-norm -----------------------------------------
 def prompt_features(clip, task, row, seed: int) -> torch.Tensor:
     """Class features as `row.prompt` says: purification goes with any of them."""
-    if row.prompt == "coop":  # learns words on the sources' image features (N, D)
-        sources = list(task.train.values())
-        x = torch.cat([clip.encode(images, row.workers) for images in sources])
-        y = torch.cat([images.labels for images in sources])
-        torch.manual_seed(seed)
-        coop = common.CoOp(clip, task.classes, row.context)
-        return coop.fit(x, y, row.batch_size * len(sources))
+    if row.prompt == "coop":
+        return coop_features(clip, task, row, seed)
+    if row.prompt == "file":
+        return common.read_class_features(row.class_features, clip, task.classes)
     templates = ["ensemble"] if row.prompt == "ensemble" else row.templates
-    class_features = clip.class_features(task.classes, templates)
-    if row.prompt != "file":
-        return class_features
-    shape = tuple(class_features.shape)
-    try:
-        given = torch.from_numpy(np.load(row.class_features)).float().view(shape)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        need = f"needed is a {shape} array in .npy, a row for each of {', '.join(task.classes)}"
-        raise common.InputError(f"--class-features {row.class_features}: {error}; {need}") from None
-    return F.normalize(given, dim=-1).to(row.device)
+    return clip.class_features(task.classes, templates)
+
+
+def coop_features(clip, task, row, seed: int) -> torch.Tensor:
+    """Of the words that CoOp learns on the sources' image features."""
+    x = torch.cat([clip.encode(images, row.workers) for images in task.train.values()])  # (N, D)
+    y = torch.cat([images.labels for images in task.train.values()])
+    torch.manual_seed(seed)
+    coop = common.CoOp(clip, task.classes, row.context)
+    return coop.fit(x, y, row.batch_size * len(task.train))
 
 
 # ---------- What heads do ------------------------------------------------------------------------
-@torch.no_grad()
-def silence(visual, layer: int, head: int) -> None:
-    """Take a head out of a plain tower, in place: the rows of W_o that it meets become zero."""
-    attention = blocks(visual)[layer].attn
-    attention.out_proj.weight.unflatten(1, (attention.num_heads, -1))[:, head] = 0  # (D, H, d)
-
-
-def head_names(visual):
-    """LAYER.HEAD from 1.1 on, of every head, in the order of gates (layers, heads)."""
-    shape = len(blocks(visual)), blocks(visual)[0].attn.num_heads
-    return [f"{layer + 1}.{head + 1}" for layer, head in np.ndindex(*shape)]
-
-
-@torch.no_grad()
-def head_importance(visual, class_features, logit_scale: float, images, labels) -> torch.Tensor:
-    """By how much the cross-entropy grows without a head of a plain tower: (layers, heads)."""
-
-    def loss(tower):
-        cosines = common.clip_classifier(tower, class_features)(images)  # (B, C)
-        return F.cross_entropy(logit_scale * cosines, labels).item()
-
-    layers, heads = len(blocks(visual)), blocks(visual)[0].attn.num_heads
-    importance = torch.full((layers, heads), -loss(visual))
-    for layer, head in np.ndindex(layers, heads):
-        without = copy.deepcopy(visual)
-        silence(without, layer, head)
-        importance[layer, head] += loss(without)
-    return importance
-
-
-@torch.no_grad()
-def cls_attention(visual, images) -> torch.Tensor:
-    """What the CLS token of a plain tower attends to beside itself: (layers, B, heads, patches)."""
-    with recorded(visual, "inputs") as tokens:
-        visual(images)
-    maps = []
-    for block, z in zip(blocks(visual), tokens):  # z (B, N, D)
-        _, weights = block.attn(z, z, z, average_attn_weights=False)  # (B, H, N, N)
-        maps.append(weights[:, :, 0, 1:])
-    return torch.stack(maps)
-
-
 def gates_on_frozen_clip(clip, class_features, task, row, seed: int):
     """Gates (layers, heads) learnt on frozen CLIP without each source in turn, summed up."""
+    own = argparse.Namespace(**{**vars(row), **ROWS["dig"]})
+    own.mmd_grad = "gates" if len(task.train) > 2 else "none"  # else nothing to compare
     total = 0
     for name in task.train:
         held_out = {name: task.tests["hold-out"][name]}
         train_sets = {other: images for other, images in task.train.items() if other != name}
         fold = common.Task(task.classes, train_sets, {"hold-out": held_out, "target": held_out})
-        own = argparse.Namespace(**{**vars(row), **ROWS["dig"]})
-        own.mmd_grad = "gates" if len(train_sets) > 1 else "none"  # nothing to compare
         _, learnt = train(clip, class_features, fold, own, seed)
         total += torch.tensor(learnt["gates"])
     return total
 
 
-def drop_curves(clip, adapted, gates, class_features, task, row, seed: int):
+def drop_curves(clip, adapted, gates, class_features, task, row, seed: int) -> dict:
     """{order: {"dropped", "hold-out", "target"}}, accuracies without some heads (Figure 1).
 
     Heads of CLIP go in random order, as --drop says, or least gate first, where gates are learnt on
@@ -391,46 +376,45 @@ def drop_curves(clip, adapted, gates, class_features, task, row, seed: int):
     heads, by_hand = gates.numel(), row.drop or []
     frozen = gates_on_frozen_clip(clip, class_features, task, row, seed)
     generator = torch.Generator().manual_seed(seed)
-    orders = {"random": torch.randperm(heads, generator=generator).tolist()}
+    orders = {"random": torch.randperm(heads, generator=generator)}
     if by_hand:
-        orders["by hand"] = [head_names(clip.visual).index(name) for name in by_hand]
-    orders["gates on frozen CLIP"] = frozen.flatten().argsort().tolist()
-    orders["adapt and drop"] = gates.flatten().argsort().tolist()
-    stops = {round(share * heads) for share in np.linspace(0, 0.75, 9)} | {len(by_hand)}
+        names = head_names(clip.visual)
+        orders["by hand"] = torch.tensor([names.index(name) for name in by_hand])
+    orders["gates on frozen CLIP"] = frozen.flatten().argsort()
+    orders["adapt and drop"] = gates.flatten().argsort()
+    shares = np.linspace(0, 0.75, 9)
+    stops = {len(by_hand), *(round(share * heads) for share in shares)}
     curves = {}
     for name, order in orders.items():
         visual = copy.deepcopy(adapted if name == "adapt and drop" else clip.visual)
-        curves[name] = curve = {"dropped": [], "hold-out": [], "target": []}
-        for dropped, head in enumerate([None, *order]):
-            if dropped > 0:
-                silence(visual, *divmod(head, gates.shape[1]))
+        curve = curves[name] = {"dropped": [], "hold-out": [], "target": []}
+        for dropped in range(len(order) + 1):
             if dropped in stops:
                 curve["dropped"].append(dropped)
                 for test, accuracy in validate(visual, class_features, task, row).items():
                     curve[test].append(accuracy)
+            if dropped < len(order):
+                silence(visual, *divmod(order[dropped].item(), gates.shape[1]))
     return curves
 
 
-def analyse(args, task, run, visual, gates, class_features):
-    """--figures: what heads are worth, and what they attend to; in numbers in analysis.npz."""
-    clip, folder = args.clip, run.folder
-    images, labels, _ = next(common.SourceBatches(task.tests["hold-out"], 128, run.record["seed"]))
-    batch = images.to(clip.device), labels.to(clip.device)
-    importance = head_importance(visual, class_features, clip.logit_scale, *batch)
-    points = {"heads": {"": (gates.flatten(), importance.flatten())}}
-    axes = "gate", "cross-entropy without the head, minus with it"
-    common.plot_panels(points, *axes, folder / "importance.png", style="points")
-    (images,) = task.tests["target"].values()
-    shown = images.subset(np.linspace(0, len(images) - 1, 8))
-    pixels = torch.stack([shown[i][0] for i in range(8)]).to(clip.device)
-    rows = {"image": [shown.picture(i) for i in range(8)]}
-    numbers = {f"image {i}": picture for i, picture in enumerate(rows["image"])}
-    for name, tower in {"CLIP": clip.visual, "purified": visual}.items():
-        maps = cls_attention(tower, pixels).cpu().unflatten(-1, tower.grid_size)
-        rows[f"{name}, last layer"] = maps[-1].mean(1)  # (8, h, w)
-        numbers[f"attention {name}"] = maps  # (layers, 8, heads, h, w)
-    common.plot_images(rows, folder / "attention.png")
-    np.savez(folder / "analysis.npz", gates=gates, importance=importance, **numbers)
+def analyse(args, task, run, visual, gates, class_features) -> None:
+    """--figures: what heads are worth, and what they attend to, as numbers in analysis.npz."""
+    device, scale = args.clip.device, args.clip.logit_scale
+    batches = common.SourceBatches(task.tests["hold-out"], 128, run.record["seed"])
+    images, labels, _ = next(batches)
+    batch = images.to(device), labels.to(device)
+    importance = head_importance(visual, class_features, scale, *batch)
+    numbers = {"gates": gates, "importance": importance}  # (layers, heads)
+    (target,) = task.tests["target"].values()
+    shown = target.subset(np.linspace(0, len(target) - 1, 8))
+    for i in range(8):
+        numbers[f"image {i}"] = shown.picture(i)
+    pixels, _ = shown.__getitems__(range(8))
+    for name, tower in {"CLIP": args.clip.visual, "purified": visual}.items():
+        maps = cls_attention(tower, pixels.to(device)).cpu()
+        numbers[f"attention {name}"] = maps.unflatten(-1, tower.grid_size)  # (L, 8, H, h, w)
+    np.savez(run.folder / "analysis.npz", **numbers)
 
 
 # ---------- What the paper compares --------------------------------------------------------------
@@ -507,8 +491,8 @@ def settings():
 
 
 # ---------- main ---------------------------------------------------------------------------------
-def compare(args, task, run):
-    """Train and test every row. The last is exported and pictured before it counts as finished."""
+def compare(args, task, run) -> None:
+    """Train and test every row. The last is exported and analysed before it counts as finished."""
     clip, seed = args.clip, run.record["seed"]
     for name, row in args.rows.items():
         if name in run.rows:
@@ -518,64 +502,76 @@ def compare(args, task, run):
         if row.adapter or row.gated:
             start = time.perf_counter()
             visual, learnt = train(clip, class_features, task, row, seed)
-            run.extra[name], seconds = learnt, time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            run.extra[name] = learnt
             print(f"{name}: {learnt['parameters']:,} parameters trained in {seconds:.0f} s")
         classify = common.clip_classifier(visual, class_features, row.precision)
         measures = common.evaluate(classify, task.tests, row.device, row.workers)
         if learnt:
-            measures |= checkpoint_accuracies(learnt["history"])
+            # of other checkpoints; the oracle bounds what choosing one can gain
+            targets = [found["target"] for found in learnt["history"]]
+            measures |= {"target, last": targets[-1], "target, oracle": max(targets)}
         if name == args.modes[-1]:
             common.export_clip(clip, run.folder / "model", class_features, task.classes, visual)
-        if name == args.modes[-1] and row.gated:
-            gates = torch.tensor(learnt["gates"])  # (layers, heads)
-            path = run.folder / "gates.png"
-            common.plot_heat(gates, f"gates of {name}", "head", "layer", path, center=1)
-            if args.study == "drop-heads":
-                found = drop_curves(clip, visual, gates, class_features, task, row, seed)
-                run.extra["drop"] = found
-            if args.figures:
-                analyse(args, task, run, visual, gates, class_features)
+            if row.gated:
+                gates = torch.tensor(learnt["gates"])  # (layers, heads)
+                look_at_heads(args, task, run, visual, gates, class_features)
         run.add(name, measures)
 
 
-def report_interference(args, records):
-    """How alike the updates of two heads are, layer by layer: see `interference`."""
-    curves, path = {}, args.summary.with_suffix("")
-    for row, learnt in records[0]["extra"].items():
+def look_at_heads(args, task, run, visual, gates, class_features) -> None:
+    """What the last row's gates are, and what --study drop-heads and --figures ask for."""
+    name, seed = args.modes[-1], run.record["seed"]
+    path = run.folder / "gates.png"
+    common.plot_heat(gates, f"gates of {name}", "head", "layer", path, center=1)
+    if args.study == "drop-heads":
+        row = args.rows[name]
+        curves = drop_curves(args.clip, visual, gates, class_features, task, row, seed)
+        run.extra["drop"] = curves
+    if args.figures:
+        analyse(args, task, run, visual, gates, class_features)
+
+
+def by_layer(record: dict) -> dict[str, dict]:
+    """A view of a record: how alike the updates of two heads are; see `interference`."""
+    rows = {}
+    for row, learnt in record["extra"].items():
         if learnt.get("interference"):
-            cosines = [record["extra"][row]["interference"] for record in records]
-            curves[row] = range(1, 1 + len(cosines[0])), np.transpose(cosines)  # (layers, runs)
-    panels = {"updates of two heads": curves}
-    common.plot_panels(panels, "layer", "|cosine|", f"{path}-interference.png")
-    print(f"More pictures are in {path}-*.png")
+            rows[row] = dict(enumerate(learnt["interference"], start=1))
+    return rows
 
 
-def report_dropped_heads(args, records):
-    """Tables and curves of drop-heads: an order of heads takes the place of a row, a number of
-    dropped heads that of a measure."""
-    panels = {}
-    for test in ("hold-out", "target"):
-        dropped = []
-        for record in records:
-            rows = {}
-            for order, curve in record["extra"]["drop"].items():
-                rows[order] = dict(zip(map(str, curve["dropped"]), curve[test]))
-            dropped.append({**record, "rows": rows})
-        print("\n" + common.table(f"{test}, %, heads dropped:", dropped))
-        panels[test] = {}
-        for order, row in rows.items():
-            accuracies = [common.seed_means(dropped, order, number) for number in row]
-            panels[test][order] = list(map(int, row)), accuracies
+def by_dropped(record: dict, test: str) -> dict[str, dict]:
+    """A view of a record: an order of heads in place of a row, a number of them of a measure."""
+    rows = {}
+    for order, curve in record["extra"]["drop"].items():
+        dropped = map(str, curve["dropped"])
+        rows[order] = dict(zip(dropped, curve[test]))
+    return rows
+
+
+def report_study(args, records: list[dict]) -> None:
+    """Curves over layers and over dropped heads."""
     path = args.summary.with_suffix("")
-    common.plot_panels(panels, "dropped heads", "accuracy", f"{path}-curves.png")
+    layers = [{**record, "rows": by_layer(record)} for record in records]
+    panels = {"updates of two heads": layers}
+    common.plot_curves(panels, "layer", "|cosine|", f"{path}-interference.png")
+    if args.study == "drop-heads":
+        panels = {}
+        for test in ("hold-out", "target"):
+            panels[test] = [{**record, "rows": by_dropped(record, test)} for record in records]
+            print("\n" + common.table(f"{test}, %, heads dropped:", panels[test]))
+        common.plot_curves(panels, "dropped heads", "accuracy", f"{path}-curves.png")
+    print(f"More pictures are in {path}-*.png")
 
 
 def main():
     args = settings()
     domains = common.load_domains(args.dataset, args.data_root, args.seeds[0], args.cue)
     targets = common.choose_targets(args.target, [domain.name for domain in domains])
-    args.clip = clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
-    augment = common.training_transform(clip, args.dataset)
+    args.clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
+    augment = common.training_transform(args.clip, args.dataset)
+    blocks(args.clip.visual)  # is this a ViT?
     names = head_names(args.clip.visual)
     for name in args.drop or ():
         if name not in names:
@@ -588,15 +584,14 @@ def main():
             print(f"\n{args.dataset}, target {target}, seed {seed}", flush=True)
             with common.open_run(args, target, seed) as run:
                 if not run.complete:
-                    task = common.leave_one_out(domains, target, clip.preprocess, augment)
-                    compare(args, task, run)
+                    task = common.leave_one_out(domains, target)
+                    compare(args, task.transformed(augment, args.clip.preprocess), run)
             records.append(run.record)
-    common.report(args, records)
+    result = common.report(args, records)
     print("Checkpoints are chosen on the hold-out, the oracle's on the target.")
     if args.study:
-        report_interference(args, records)
-    if args.study == "drop-heads":
-        report_dropped_heads(args, records)
+        report_study(args, records)
+    return result
 
 
 if __name__ == "__main__":

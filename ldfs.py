@@ -465,7 +465,7 @@ def words_for(args, domain):
 
 def make_task(args, domains, source, others):
     """A task and its targets; see `load_tasks`."""
-    split = common.leave_one_out(domains, others[0].name, None, None)  # of all but this one
+    split = common.leave_one_out(domains, others[0].name)  # of all but this one
     classes, hold_out = split.classes, split.tests["hold-out"]
     balanced = split.tests.get("source", hold_out)
     tests = {"hold-out": {source: hold_out[source]}, "source": {source: balanced[source]}}

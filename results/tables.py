@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import headpurify
 import vit_diverse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,10 +53,7 @@ def interference(record: dict) -> dict:
 
 def drop(record: dict) -> dict:
     """headpurify: accuracy on the target against the number of heads that are left out."""
-    rows = {}
-    for order, curve in record["extra"]["drop"].items():
-        rows[order] = dict(zip(map(str, curve["dropped"]), curve["target"]))
-    return rows
+    return headpurify.by_dropped(record, "target")
 
 
 def heads(record: dict) -> dict:

@@ -781,7 +781,8 @@ def test_real_architecture_on_a_real_layout(checkout, pacs_tree, tmp_path):
     assert type(gelu) is open_clip.transformer.QuickGELU
     assert not torch.equal(clip.visual.proj, torch.load(weights)["visual.proj"])
     domains = common.load_domains("pacs", pacs_tree)
-    task = common.leave_one_out(domains, "sketch", clip.preprocess, clip.preprocess)
+    task = common.leave_one_out(domains, "sketch")
+    task = task.transformed(clip.preprocess, clip.preprocess)
     classify = common.clip_classifier(clip.visual, clip.class_features(task.classes))
     found = common.evaluate(classify, {"target": task.tests["target"]})["target"]
     assert found == result(folder)["rows"]["mms+bma"]["target"]

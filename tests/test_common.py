@@ -21,7 +21,7 @@ def toy_set(labels, classes=("a", "b")):
 
 def test_leave_one_out():
     domains = [common.Domain(name, toy_set([0, 1] * 10)) for name in ("a", "b", "c")]
-    task = common.leave_one_out(domains, "b", None, None)
+    task = common.leave_one_out(domains, "b")
     assert list(task.train) == list(task.tests["hold-out"]) == ["a", "c"]
     assert list(task.tests) == ["hold-out", "target"]  # real data have no balanced part
     assert [len(images) for images in task.train.values()] == [16, 16]
@@ -32,7 +32,7 @@ def test_leave_one_out():
 def test_tiny_domains_are_reported_on_balanced_parts():
     parts = toy_set([0, 1] * 10), toy_set([1, 0, 1])
     domains = [common.Domain(name, *parts) for name in ("a", "b")]
-    task = common.leave_one_out(domains, "b", None, None)
+    task = common.leave_one_out(domains, "b")
     assert list(task.tests) == ["hold-out", "source", "target"]
     assert task.tests["source"]["a"].labels.tolist() == [1, 0, 1]
     assert task.tests["target"]["b"].labels.tolist() == [1, 0, 1]
@@ -41,7 +41,7 @@ def test_tiny_domains_are_reported_on_balanced_parts():
 def test_too_few_images_to_hold_out_are_an_error():
     domains = [common.Domain(name, toy_set([0, 1])) for name in ("a", "b")]
     with pytest.raises(common.InputError, match="'a' has only 2 images"):
-        common.leave_one_out(domains, "b", None, None)
+        common.leave_one_out(domains, "b")
 
 
 def test_source_batches_are_balanced_endless_and_repeatable():

@@ -14,6 +14,7 @@ from torch import nn
 
 import common
 import headpurify
+from assets import heads
 from headpurify import HeadPurifiedAttention, merge, purify
 
 
@@ -321,14 +322,6 @@ def test_matched_lora_has_as_many_parameters(heads, width):
     assert counts["double"] == 2 * 2 * (2 + 8) * 2 * width < counts["match"]
 
 
-def test_checkpoints():
-    history = []
-    for holdout, target in ((0.5, 0.6), (0.7, 0.4), (0.7, 0.8), (0.6, 0.5)):
-        history.append({"hold-out": holdout, "target": target})
-    expected = {"target, last": 0.5, "target, oracle": 0.8}
-    assert headpurify.checkpoint_accuracies(history) == expected
-
-
 # ---------- What heads do ------------------------------------------------------------------------
 def test_silenced_heads_and_their_importance():
     """A silenced head is one whose gate is 0; importance by hand."""
@@ -340,10 +333,10 @@ def test_silenced_heads_and_their_importance():
         logits = 10 * F.normalize(tower(images), dim=-1) @ class_features.T
         return F.cross_entropy(logits, labels).item()
 
-    found = headpurify.head_importance(visual, class_features, 10, images, labels)
+    found = heads.head_importance(visual, class_features, 10, images, labels)
     for layer, head in np.ndindex(2, 3):
         silenced, gated = copy.deepcopy(visual), copy.deepcopy(visual)
-        headpurify.silence(silenced, layer, head)
+        heads.silence(silenced, layer, head)
         gates = torch.ones(3)
         gates[head] = 0
         purify(gated, 0, 0)[layer].gates = gates.clone
@@ -354,9 +347,12 @@ def test_silenced_heads_and_their_importance():
 
 def test_cls_attention_is_softmax_of_query_and_key():
     visual, images = small_clip(heads=3, width=12, layers=2).visual, torch.randn(2, 3, 32, 32)
-    with headpurify.recorded(visual, "inputs") as inputs:
-        visual(images)
-    found = headpurify.cls_attention(visual, images)  # (layers, B, H, patches)
+    seen = []
+    for block in visual.transformer.resblocks:
+        block.ln_1.register_forward_hook(lambda module, args, output: seen.append(output))
+    visual(images)
+    inputs = tuple(seen)  # of this pass alone
+    found = heads.cls_attention(visual, images)  # (layers, B, H, patches)
     for layer, z in enumerate(inputs):
         mha = visual.transformer.resblocks[layer].attn
         qkv = F.linear(z, mha.in_proj_weight, mha.in_proj_bias)
@@ -375,7 +371,8 @@ def test_learned_prompt_classifies(small_world):
     """CoOp fits the sources better than the template, and learns the same from the same seed."""
     clip = common.load_clip("tiny")
     domains = common.load_domains("tiny-pacs", seed=1001)
-    task = common.leave_one_out(domains, "sketch", clip.preprocess, clip.preprocess)
+    task = common.leave_one_out(domains, "sketch")
+    task = task.transformed(clip.preprocess, clip.preprocess)
     row = SimpleNamespace(workers=0, batch_size=12, context=4, templates=["a {}."])
     accuracy = {}
     for row.prompt in ("templates", "coop"):
@@ -408,14 +405,14 @@ def test_a_killed_run_continues_to_the_same_bytes(call_main, small_world, tmp_pa
     monkeypatch.setattr(headpurify, "head_importance", of_few_images)
     arguments = "--modes zero-shot lora ha-lora+dig --epochs 1 --batch-size 28 --figures --output"
     call_main(headpurify.main, f"{arguments} whole")
-    train, add, plot = headpurify.train, common.Run.add, common.plot_images
+    train, add, save = headpurify.train, common.Run.add, np.savez
 
     def kill_after_lora(run, row, measures):
         add(run, row, measures)
         if row == "lora":
             raise Killed
 
-    def kill(*_):
+    def kill(*_, **numbers):
         raise Killed
 
     def no_lora(clip, class_features, task, row, seed):
@@ -427,10 +424,10 @@ def test_a_killed_run_continues_to_the_same_bytes(call_main, small_world, tmp_pa
         call_main(headpurify.main, f"{arguments} parts")
     monkeypatch.setattr(common.Run, "add", add)
     monkeypatch.setattr(headpurify, "train", no_lora)
-    monkeypatch.setattr(common, "plot_images", kill)
+    monkeypatch.setattr(np, "savez", kill)
     with pytest.raises(Killed):
         call_main(headpurify.main, f"{arguments} parts --resume")
-    monkeypatch.setattr(common, "plot_images", plot)
+    monkeypatch.setattr(np, "savez", save)
     call_main(headpurify.main, f"{arguments} parts --resume")
 
     whole, parts = files(tmp_path / "whole"), files(tmp_path / "parts")
@@ -438,7 +435,7 @@ def test_a_killed_run_continues_to_the_same_bytes(call_main, small_world, tmp_pa
     for name in whole:
         assert whole[name].read_bytes() == parts[name].read_bytes(), name
     names = {path.name for path in whole}
-    assert names >= {"gates.png", "attention.png", "importance.png", "analysis.npz", "result.json"}
+    assert names >= {"gates.png", "analysis.npz", "result.json"}
     (path,) = [path for name, path in whole.items() if name.name == "analysis.npz"]
     numbers = np.load(path)
     assert numbers["importance"].shape == numbers["gates"].shape == (6, 6)
@@ -455,6 +452,10 @@ def test_study_writes_tables_and_figures(call_main, small_world, tmp_path):
     stem = "headpurify-mmd-target-tiny-pacs"
     written = {file.name for file in (tmp_path / "results").iterdir()}
     assert written == {f"{stem}.json", f"{stem}.png", f"{stem}-interference.png"}
+    for row in rows[1:]:
+        targets = [found["target"] for found in record["extra"][row]["history"]]
+        assert record["rows"][row]["target, last"] == targets[-1]
+        assert record["rows"][row]["target, oracle"] == max(targets)
     gates = {json.dumps(record["extra"][row]["gates"]) for row in rows[1:]}
     assert len(gates) == len(rows) - 1
     assert all(out.count(row) >= 2 for row in rows)
@@ -497,12 +498,20 @@ def test_drop_heads(call_main, small_world, tmp_path):
         ("--study drop-heads --drop 7.2", ("--drop 7.2", "1.1 ... 6.6")),
         ("--study drop-heads --drop two", ("--drop two", "1.1 ... 6.6")),
         ("--modes zero-shot --prompt file", ("--class-features", "(7, 64)", "dog")),
-        ("--prompt file --class-features wrong.npy", ("wrong.npy", "(7, 64)", "dog")),
+        ("--prompt file --class-features wrong.npy", ("wrong.npy", "(3, 64)", "(7, 64)", "dog")),
+        ("--prompt file --class-features turned.npy", ("turned.npy", "(64, 7)", "(7, 64)")),
+        ("--prompt file --class-features nan.npy", ("nan.npy", "finite", "(7, 64)")),
+        ("--prompt file --class-features zero.npy", ("zero.npy", "a row of it is 0")),
+        ("--prompt file --class-features words.npy", ("words.npy", "(7, 64)")),
         ("--class-features wrong.npy", ("--class-features", "--prompt file")),
     ],
 )
 def test_wrong_settings_are_one_clear_error(call_main, small_world, tmp_path, arguments, words):
     np.save(tmp_path / "wrong.npy", np.zeros((3, 64)))
+    np.save(tmp_path / "turned.npy", np.ones((64, 7)))
+    np.save(tmp_path / "nan.npy", np.full((7, 64), np.nan))
+    np.save(tmp_path / "zero.npy", np.zeros((7, 64)))
+    (tmp_path / "words.npy").write_text("no array")
     error = call_main(headpurify.main, arguments)
     assert all(word in error for word in words), error
     assert not (tmp_path / "runs").exists() and not list((tmp_path / "results").iterdir())
