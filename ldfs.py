@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+from assets.adapters import Adapter, Probe, TipAdapter
+from assets.captions import WATERBIRDS, WORDS, subjects, text_features
 
 
 # ---------- Step 1: what a synthesised feature should be -----------------------------------------
@@ -48,8 +49,10 @@ def local_direction_loss(features, mapped, text_source, text_target, reach: floa
     move = mapped - features  # dI (B, D)
     text = text_target - text_source  # dT (B, D)
     length = text.norm(dim=-1).clamp(min=1e-6)
-    at_least = torch.maximum(move.norm(dim=-1), (reach * length).clamp(min=0.01))
-    return (1 - (move * text).sum(-1) / (at_least * length)).mean()
+    shortest = (reach * length).clamp(min=0.01)
+    move_length = torch.maximum(move.norm(dim=-1), shortest)
+    cosine = (move * text).sum(-1) / (move_length * length)
+    return (1 - cosine).mean()
 
 
 def global_direction_loss(features, mapped, text_source, text_target, labels, reach=0.0):
@@ -57,7 +60,8 @@ def global_direction_loss(features, mapped, text_source, text_target, labels, re
     their captions' (LADS)."""
     same = (labels[:, None] == labels).to(features.dtype)
     mean = same / same.sum(1, keepdim=True)  # (B, B)
-    return local_direction_loss(features, mapped, mean @ text_source, mean @ text_target, reach)
+    texts = mean @ text_source, mean @ text_target
+    return local_direction_loss(features, mapped, *texts, reach)
 
 
 def perturb_text(text_features, sigma, generator=None):
@@ -75,8 +79,9 @@ def pairwise_loss(features, mapped):
     Returns: a scalar, 0 for a single image.
     """
     change = (mapped @ mapped.T - features @ features.T).square()  # (B, B)
-    pairs = max(1, len(change) * (len(change) - 1))
-    return (change.sum() - change.diagonal().sum()) / pairs
+    B = len(change)
+    total = change.sum() - change.diagonal().sum()
+    return total / max(1, B * (B - 1))
 
 
 # ---------- Step 1: the mapper -------------------------------------------------------------------
@@ -145,24 +150,24 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
     return mapper.requires_grad_(False)
 
 
-def synthesise(row, clip, targets, train, holdout, class_features, seed):
-    """Step 1, {target: its features}, made from those of the training images of some classes, in
+def synthesise(row, clip, targets, train, holdout, class_features, seed) -> dict:
+    """Step 1, {target: its `Features`}, made from those of the training images of some classes, in
     their order and with their labels. train, holdout: `Features`; targets: see `load_tasks`."""
     made = {}
     for name, (source_words, target_words, classes) in targets.items():
-        batches = []
+        parts = []
         for own in (train, holdout):
             captions = subjects(row, clip, own, source_words)  # "red dog on grass"
             text_source = text_features(clip, source_words, captions)  # T(s_i)  (N, D)
             text_target = text_features(clip, target_words, captions)  # T(t_i)  (N, D)
             chosen = of_classes(own.labels, classes)
             values = own.features, own.labels, text_source, text_target
-            batches.append([value[chosen] for value in values])
-        features, labels, text_source, text_target = batches[0]
+            parts.append([value[chosen] for value in values])
+        features, labels, text_source, text_target = parts[0]
         if row.direction == "additive":
             moved = F.normalize(features + text_target - text_source, dim=-1)
         else:
-            mapper = train_mapper(row, *batches, class_features, clip.logit_scale, seed)
+            mapper = train_mapper(row, *parts, class_features, clip.logit_scale, seed)
             moved = mapper(features)
         images = train.images.subset(of_classes(train.labels, classes))
         made[name] = Features(images, moved, labels, features)
@@ -171,37 +176,20 @@ def synthesise(row, clip, targets, train, holdout, class_features, seed):
 
 # ---------- Step 2: what learns from the features ------------------------------------------------
 def make_classifier(row, clip, class_names, class_features, features, labels):
-    """The start of a fine-tuning method: its parameters, and a function from features f (B, D) to
-    logits (B, C).
+    """The start of a fine-tuning method: a module whose logits (B, C) come from features (B, D).
 
-        probe         s (f W^T + b), W from the class features; "-random": from random directions
-        adapter       s normalise(0.8 f + 0.2 A(f)) T^T, A with a bottleneck of D / 4
-                      (CLIP-Adapter, Gao et al. 2024)
-        coop          s f T(v)^T, class features T of learned words v (Zhou et al. 2022)
-        tip-adapter   s f T^T + exp(-5.5 (1 - f K^T)) Y, keys K that start as all features, their
-                      labels Y, weighed as 16 per class (Tip-Adapter-F, Zhang et al. 2022)
-
-    Args: class_features T (C, D); features, labels: all that are learnt from. s = 1 / tau.
+    Args: class_features T (C, D); features, labels: all that are learnt from.
     """
-    s, T = clip.logit_scale, class_features
-    C, D = T.shape
+    T, scale = class_features, clip.logit_scale
     if row.finetune == "adapter":
-        bottleneck = nn.Linear(D, D // 4, bias=False), nn.Linear(D // 4, D, bias=False)
-        A = nn.Sequential(bottleneck[0], nn.ReLU(), bottleneck[1], nn.ReLU()).to(T.device)
-        return A.parameters(), lambda f: s * F.normalize(0.8 * f + 0.2 * A(f), dim=-1) @ T.T
-    if row.finetune == "coop":
-        prompts = common.CoOp(clip, class_names)
-        return prompts.parameters(), lambda f: s * f @ prompts().T
+        return Adapter(T, scale)
     if row.finetune == "tip-adapter":
-        K = nn.Parameter(features)
-        Y = 16 * C / len(labels) * F.one_hot(labels, C).to(T)
-        return [K], lambda f: s * f @ T.T + torch.exp(-5.5 * (1 - f @ K.T)) @ Y
+        return TipAdapter(T, scale, features, labels)
+    if row.finetune == "coop":
+        return common.CoOp(clip, class_names)
     if row.finetune == "probe-random":
-        W = nn.Parameter(F.normalize(torch.randn_like(T), dim=-1))
-    else:  # "zero-shot" is the probe before it learns
-        W = nn.Parameter(T.clone())
-    b = nn.Parameter(torch.zeros(C, device=T.device))
-    return [W, b], lambda f: s * (f @ W.T + b)
+        return Probe(F.normalize(torch.randn_like(T), dim=-1), scale)
+    return Probe(T.clone(), scale)  # "zero-shot" is the probe before it learns
 
 
 def fine_tune(row, clip, class_names, class_features, sets, seed):
@@ -215,14 +203,14 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
     """
     torch.manual_seed(seed)
     features, labels = (torch.cat(values) for values in zip(*sets))
-    start = class_names, class_features, features, labels
-    parameters, classify = make_classifier(row, clip, *start)
+    model = make_classifier(row, clip, class_names, class_features, features, labels)
+    classify = model.logits if row.finetune == "coop" else model
     if row.finetune == "zero-shot":
         return classify
     with_tiny_clip, with_others = LEARNING_RATES[row.finetune]
     lr = row.lr or (with_tiny_clip if row.model == "tiny" else with_others)
     steps = -(-len(sets[0][0]) // row.batch_size)  # an epoch; the last batch may be smaller
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=row.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=row.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.epochs * steps)
     for _ in range(row.epochs):
         for some in torch.randperm(len(labels)).tensor_split(steps):
@@ -235,76 +223,6 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
         hint = f"try a lower --lr, now {lr:g}"
         raise common.InputError(f"the loss of {row.finetune} is {loss.item()}; {hint}")
     return classify
-
-
-# ---------- Captions: what is to be seen in an image ---------------------------------------------
-WORDS = Path(__file__).with_name("assets") / "words.json"  # descriptions of domains, phrases
-# how a caption begins before it says what is in the image: "A black and white photo of a"
-OPENING = (
-    r"^((there (is|are) )?((an?|the) )?([\w-]+ ){0,3}?(photo|photograph|picture|image|painting|"
-    r"sketch|drawing|cartoon|illustration|clipart) (of|with) )?((an?|the) )?"
-)
-
-
-@functools.cache  # the rows of a table share captions
-def encode_texts(encode, texts):
-    return torch.cat([encode(texts[i : i + 256]) for i in range(0, len(texts), 256)])
-
-
-def text_features(clip, description, captions):
-    """Unit-norm (n, D) of captions put into a description; every different text is encoded once."""
-    texts = [description.replace("{}", caption) for caption in captions]
-    unique = tuple(dict.fromkeys(texts))
-    place = {text: i for i, text in enumerate(unique)}
-    return encode_texts(clip.encode_text, unique)[[place[text] for text in texts]]
-
-
-def subjects(row, clip, own, description):
-    """What is in each image of a described domain, "red dog on grass". own: its `Features`."""
-    classes = [name.replace("_", " ") for name in own.images.classes]
-    names = [classes[label] for label in own.labels]
-    if row.captioner == "template":
-        return names
-    if row.captioner == "retrieval":
-        captions = retrieve_captions(row, clip, own, classes, description)
-    else:
-        captions = read_captions(row, own.images)
-    found = []
-    for name, caption in zip(names, captions):
-        subject = re.sub(OPENING, "", caption.strip(" .\n") + " ", flags=re.IGNORECASE)
-        found.append(subject.strip() or name)
-    return found
-
-
-def retrieve_captions(row, clip, own, classes, description):
-    """The name of the class with, of every group of phrases, the one nearest to the image."""
-    captions = [classes[label] for label in own.labels]
-    words = json.loads(WORDS.read_text())
-    groups = words["phrases of the tiny CLIP" if row.model == "tiny" else "phrases"]
-    for group, phrases in groups.items():
-        if group == "place" and row.dataset in WATERBIRDS:  # there the place is the domain
-            continue
-        texts = [phrase.format(name) for name in classes for phrase in phrases]
-        texts = text_features(clip, description, texts)
-        texts = texts.view(len(classes), len(phrases), -1)  # (C, P, D)
-        for label in own.labels.unique():
-            images = (own.labels == label).nonzero()[:, 0]
-            chosen = (own.features[images] @ texts[label].T).argmax(1)  # all images of a class
-            for i, phrase in zip(images.tolist(), chosen.tolist()):
-                captions[i] = phrases[phrase].format(captions[i])
-    return captions
-
-
-def read_captions(row, images):
-    """The captions of --caption-file, in the order of the images."""
-    kind, _, folder = row.dataset.rpartition(":")
-    root = folder if kind == "folder" else row.data_root
-    try:
-        captions = json.loads(row.caption_file.read_text())
-        return [captions[Path(image).relative_to(root).as_posix()] for image in images.images]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        what = f"--caption-file {row.caption_file}: no JSON {{path below {root}: caption}}"
-        raise common.InputError(f"{what} of all images ({error!r})") from None
 
 
 # ---------- What is measured ---------------------------------------------------------------------
@@ -323,32 +241,41 @@ def encode(clip, images, workers, cache):
     cache, {pixels or names of files: features}."""
     key = np.asarray(images.images).tobytes()
     if key not in cache:
-        cache[key] = clip.encode(images, workers).to(clip.device)
+        features = clip.encode(images, workers)
+        cache[key] = features.to(clip.device)
     return Features(images, cache[key], images.labels.to(clip.device))
 
 
 def of_classes(labels, classes):
     """Places (n,) of the images of these classes."""
-    return torch.isin(labels.cpu(), torch.tensor(classes)).nonzero()[:, 0]
+    chosen = torch.isin(labels.cpu(), torch.tensor(classes))
+    return chosen.nonzero()[:, 0]
 
 
 @torch.no_grad()
-def accuracy(classify, own):
-    return (classify(own.features).argmax(1) == own.labels).double().mean().item()
+def accuracy(classify, own) -> float:
+    hits = classify(own.features).argmax(1) == own.labels
+    return hits.double().mean().item()
 
 
-def accuracies(classify, holdout, source, targets):
+def accuracies(classify, holdout, source, targets) -> dict[str, float]:
     """On the hold-out, the source, the targets (mean), both (mean), and each target; in [0, 1]."""
     each = {f"target/{name}": accuracy(classify, own) for name, own in targets.items()}
-    found = {"hold-out": accuracy(classify, holdout), "source": accuracy(classify, source)}
-    found["target"] = float(np.mean(list(each.values())))
-    found["average"] = (found["source"] + found["target"]) / 2
-    return {**found, **each}
+    on_source = accuracy(classify, source)
+    on_targets = float(np.mean(list(each.values())))
+    return {
+        "hold-out": accuracy(classify, holdout),
+        "source": on_source,
+        "target": on_targets,
+        "average": (on_source + on_targets) / 2,
+        **each,
+    }
 
 
 def nearest(features, among) -> torch.Tensor:
     """For each feature (n, D) the place (n,) of the most similar one among (N, D)."""
-    return torch.cat([(some @ among.T).argmax(1) for some in features.split(1024)])
+    places = [(some @ among.T).argmax(1) for some in features.split(1024)]
+    return torch.cat(places)
 
 
 def class_means(features, labels, classes):
@@ -365,7 +292,7 @@ def spread(own):
     return np.mean(distances)
 
 
-def synthesis_quality(made, source, targets):
+def synthesis_quality(made, source, targets) -> dict[str, float]:
     """What synthesised features are like, averaged over the targets.
 
     move           mean length |M(f) - f|
@@ -374,34 +301,46 @@ def synthesis_quality(made, source, targets):
     distinct       different images among the nearest real target images, as a share of the most
     right class, right domain, both: of the nearest among all real images, source and targets
     """
-    pool = torch.cat([own.features for own in (source, *targets.values())])
-    pool_labels = torch.cat([own.labels for own in (source, *targets.values())])
-    found, end = {}, len(source.labels)
+    found = {}
     for name, real in targets.items():
-        start, end = end, end + len(real.labels)  # of this domain in the pool
-        own, labels = made[name], made[name].labels
-        classes = [c for c in labels.unique() if c in real.labels and c in source.labels]
-        move = own.features - own.start
-        shift = class_means(real.features, real.labels, classes)
-        shift = shift - class_means(source.features, source.labels, classes)
-        cosines = F.cosine_similarity(class_means(move, labels, classes), shift)
-        different = nearest(own.features, real.features).unique()
-        image = nearest(own.features, pool)
-        right_class = pool_labels[image] == labels
-        right_domain = (image >= start) & (image < end)
-        measures = {
-            "move": move.norm(dim=1).mean(),
-            "to real shift": cosines.mean(),
-            "spread": spread(own),
-            "real spread": spread(real),
-            "distinct": len(different) / min(len(labels), len(real.labels)),
-            "right class": right_class.double().mean(),
-            "right domain": right_domain.double().mean(),
-            "both": (right_class & right_domain).double().mean(),
-        }
+        measures = quality_of_moves(made[name], source, real)
+        measures |= quality_of_neighbours(made[name], name, source, targets)
         for measure, value in measures.items():
             found.setdefault(measure, []).append(float(value))
     return {measure: float(np.mean(values)) for measure, values in found.items()}
+
+
+def quality_of_moves(own, source, real) -> dict:
+    classes = [c for c in own.labels.unique() if c in real.labels and c in source.labels]
+    shift = class_means(real.features, real.labels, classes)
+    shift = shift - class_means(source.features, source.labels, classes)
+    move = own.features - own.start
+    cosines = F.cosine_similarity(class_means(move, own.labels, classes), shift)
+    return {
+        "move": move.norm(dim=1).mean(),
+        "to real shift": cosines.mean(),
+        "spread": spread(own),
+        "real spread": spread(real),
+    }
+
+
+def quality_of_neighbours(own, target: str, source, targets) -> dict:
+    real = targets[target]
+    different = nearest(own.features, real.features).unique()
+    pool = [source, *targets.values()]
+    features = torch.cat([part.features for part in pool])
+    labels = torch.cat([part.labels for part in pool])
+    domains = [torch.full_like(part.labels, i) for i, part in enumerate(pool)]
+    image = nearest(own.features, features)
+    right_class = labels[image] == own.labels
+    right_domain = torch.cat(domains)[image] == 1 + list(targets).index(target)
+    both = right_class & right_domain
+    return {
+        "distinct": len(different) / min(len(own.labels), len(real.labels)),
+        "right class": right_class.double().mean(),
+        "right domain": right_domain.double().mean(),
+        "both": both.double().mean(),
+    }
 
 
 def plot_neighbours(made, real, path, columns=12):
@@ -413,11 +352,12 @@ def plot_neighbours(made, real, path, columns=12):
         images = nearest(own.features[chosen], real.features).tolist()
         pictures["source"] = [own.images.picture(i) for i in chosen]
         pictures[row] = [real.images.picture(i) for i in images]
-        frames[row] = []
+        frames[row] = [None] * columns
         for column, image in enumerate(images):
-            wrong = real.labels[image] != own.labels[chosen[column]]
-            repeated = "tab:blue" if image in images[:column] else None
-            frames[row].append("tab:red" if wrong else repeated)
+            if image in images[:column]:
+                frames[row][column] = "tab:blue"
+            if real.labels[image] != own.labels[chosen[column]]:
+                frames[row][column] = "tab:red"
     common.plot_images(pictures, path, frames=frames)
 
 
@@ -436,23 +376,26 @@ def write_pictures(args, folder, made, train, targets):
 
 
 # ---------- Who may see what, and when -----------------------------------------------------------
-WATERBIRDS = ("tiny-waterbirds", "waterbirds")
-# there the place is the domain: which place a target is made from, and which birds
+# in Waterbirds the place is the domain: which place a target is made from, and which birds
 OTHER_PLACE = {"water": ("land", [0]), "land": ("water", [1])}
 
 
-def read_domains(args, seed):
+def read_domains(args, seed) -> list[common.Domain]:
     """All domains. Images in files are not read here."""
     if args.dataset not in WATERBIRDS:
         return common.load_domains(args.dataset, args.data_root, seed, args.cue, WATERBIRDS)
     parts = common.load_parts(args.dataset, args.data_root, seed, args.cue)
+    train, test = parts["train"], parts["test"]
+    usual = common.Domain("usual places", of_groups(train, 0, 3), of_groups(test, 0, 3))
+    water = common.Domain("water", of_groups(test, 1))  # landbirds there
+    land = common.Domain("land", of_groups(test, 2))  # waterbirds there
+    return [usual, water, land]
 
-    def birds(part, *groups):  # 2 * bird + place
-        return parts[part].subset(np.flatnonzero(np.isin(parts[part].groups, groups)))
 
-    usual = common.Domain("usual places", birds("train", 0, 3), birds("test", 0, 3))
-    landbirds, waterbirds = birds("test", 1), birds("test", 2)  # in the other place
-    return [usual, common.Domain("water", landbirds), common.Domain("land", waterbirds)]
+def of_groups(images, *groups: int) -> common.ImageSet:
+    """Waterbirds' images of some groups, 2 * bird + place."""
+    inside = np.isin(images.groups, groups)
+    return images.subset(np.flatnonzero(inside))
 
 
 def words_for(args, domain):
@@ -463,20 +406,22 @@ def words_for(args, domain):
     return args.descriptions[common.slug(domain)]
 
 
-def make_task(args, domains, source, others):
+def make_task(args, domains, source, others) -> tuple[common.Task, dict]:
     """A task and its targets; see `load_tasks`."""
     split = common.leave_one_out(domains, others[0].name)  # of all but this one
-    classes, hold_out = split.classes, split.tests["hold-out"]
+    hold_out = {source: split.tests["hold-out"][source]}
     balanced = split.tests.get("source", hold_out)
-    tests = {"hold-out": {source: hold_out[source]}, "source": {source: balanced[source]}}
-    targets, tests["target"] = {}, {}
+    tests = {"hold-out": hold_out, "source": {source: balanced[source]}, "target": {}}
+    targets = {}
     for domain in others:
-        origin, chosen = source, range(len(classes))
+        origin, chosen = source, range(len(split.classes))
         if args.dataset in WATERBIRDS:
             origin, chosen = OTHER_PLACE[domain.name]
-        targets[domain.name] = words_for(args, origin), words_for(args, domain.name), chosen
+        words = words_for(args, origin), words_for(args, domain.name)
+        targets[domain.name] = *words, chosen
         tests["target"][domain.name] = domain.balanced or domain.images
-    return common.Task(classes, {source: split.train[source]}, tests), targets
+    train = {source: split.train[source]}
+    return common.Task(split.classes, train, tests), targets
 
 
 def load_tasks(args, seed):
@@ -498,19 +443,20 @@ def load_tasks(args, seed):
 
 
 # ---------- Training and tests -------------------------------------------------------------------
-def train_and_test(args, clip, task, targets, run, seed, cache):
+def train_and_test(args, clip, task, targets, run, seed, cache) -> None:
     """All rows for one source and seed."""
     read = functools.partial(encode, clip, workers=args.workers, cache=cache)
-    train, holdout = read(*task.train.values()), read(*task.tests["hold-out"].values())
+    train = read(*task.train.values())
+    holdout = read(*task.tests["hold-out"].values())
     class_features = clip.class_features(task.classes, args.templates)  # (C, D)
     shared, made, classify = {}, {}, {}
     for name, row in args.rows.items():
         step_1 = tuple(getattr(row, setting) for setting in STEP_1)
-        if row.direction == "none":
-            shared[step_1] = {}
-        elif step_1 not in shared:  # by rows that differ in step 2 only
-            data = train, holdout, class_features
-            shared[step_1] = synthesise(row, clip, targets, *data, seed)
+        if step_1 not in shared:  # by rows that differ in step 2 only
+            features = {}
+            if row.direction != "none":
+                features = synthesise(row, clip, targets, train, holdout, class_features, seed)
+            shared[step_1] = features
         made[name] = shared[step_1]
         sets = [(own.features, own.labels) for own in (train, *made[name].values())]
         classify[name] = fine_tune(row, clip, task.classes, class_features, sets, seed)
@@ -522,8 +468,7 @@ def train_and_test(args, clip, task, targets, run, seed, cache):
     run.extra["synthesised"] = {}
     for name in args.rows:
         if made[name]:
-            quality = synthesis_quality(made[name], source, real)
-            run.extra["synthesised"][name] = quality
+            run.extra["synthesised"][name] = synthesis_quality(made[name], source, real)
         run.add(name, accuracies(classify[name], holdout, source, real))
 
 
@@ -555,7 +500,8 @@ for method in LEARNING_RATES:
 # ---------- Settings: name, kind, default, default with the tiny CLIP, help ----------------------
 CAPTIONERS = ("retrieval", "template", "file")
 DIRECTIONS = ("local", "global", "additive", "none")
-number, count = common.at_least(0, float), common.at_least(1)
+number = common.at_least(0, float)
+count = common.at_least(1)
 SETTINGS = [
     ("captioner", CAPTIONERS, "retrieval", "retrieval", "CLIP's nearest phrases, class name, file"),
     ("caption-file", Path, None, None, 'JSON {"path below the data root": "caption"}'),
@@ -573,7 +519,8 @@ SETTINGS = [
     ("epochs", count, 60, 60, "passes over the source images (our choice)"),
     ("lr", common.positive, None, None, "of AdamW, then a cosine (by --finetune: LEARNING_RATES)"),
 ]
-STEP_1 = [name.replace("-", "_") for name, *_ in SETTINGS[:12]]
+STEP_1 = """captioner caption_file direction sigma pairwise consistency reach hidden mapper_epochs
+mapper_lr weight_decay batch_size""".split()
 SOURCE = "labelled domain, or all in turn (officehome: Real World; domainnet, -mini: sketch)"
 SEEN = [
     ("source", str, "photo", "photo", SOURCE),
@@ -631,7 +578,7 @@ def main():
     quality = [{**record, "rows": record["extra"]["synthesised"]} for record in records]
     if quality[0]["rows"]:
         print("\n" + common.table("synthesised features, %", quality))
-    common.report(args, records)
+    return common.report(args, records)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from PIL import Image
 
 import common
 import ldfs
+from assets import captions as captions_of
 from assets import tiny_world
 from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_loss, perturb_text
 
@@ -250,7 +251,7 @@ def test_probes_start_at_zero_shot_or_at_random():
     zero_shot = 5 * features @ names.T
     logits = {}
     for method in ("zero-shot", "probe", "probe-random"):
-        logits[method] = classifier(method, names, features, labels)[1](features)
+        logits[method] = classifier(method, names, features, labels)(features)
     assert torch.allclose(logits["zero-shot"], zero_shot)
     assert torch.allclose(logits["probe"], zero_shot)
     assert not torch.allclose(logits["probe-random"], zero_shot, atol=0.5)
@@ -259,7 +260,8 @@ def test_probes_start_at_zero_shot_or_at_random():
 def test_adapter_is_that_of_the_paper():
     features, labels, *_ = batch_of(12)
     names = unit(3, 12, seed=7).float()
-    (down, up), classify = classifier("adapter", names, features, labels)
+    classify = classifier("adapter", names, features, labels)
+    down, up = classify.A[0].weight, classify.A[2].weight
     adapted = ((features @ down.T).clamp(min=0) @ up.T).clamp(min=0)
     mixed = 0.8 * features + 0.2 * adapted
     mixed = mixed / mixed.norm(dim=1, keepdim=True)
@@ -273,7 +275,7 @@ def test_tip_adapter_is_that_of_the_paper():
     names = unit(3, 12, seed=7).float()
     keys = torch.cat([features, unit(12, 12, seed=9).float()])
     of = torch.cat([labels, labels])
-    logits = classifier("tip-adapter", names, keys, of)[1](features)
+    logits = classifier("tip-adapter", names, keys, of)(features)
     for i in (0, 5):
         for c in range(3):
             affinity = torch.exp(-5.5 * (1 - keys[of == c] @ features[i])).sum().item()
@@ -337,7 +339,7 @@ def test_retrieved_captions():
     args, clip = settings(), common.load_clip()
     images, colors, places = tiny_set(56)
     own = look(images, clip)
-    said = ldfs.subjects(args, clip, own, "a photo of a {}")
+    said = captions_of.subjects(args, clip, own, "a photo of a {}")
     for i in range(0, 56, 9):
         name = images.classes[images.labels[i]]
         feature = own.features[i]
@@ -347,13 +349,13 @@ def test_retrieved_captions():
     for truth in (colors, places):  # of eight each
         assert np.mean([word in text.split() for word, text in zip(truth, said)]) > 0.5
     args.captioner = "template"
-    assert ldfs.subjects(args, clip, own, "")[8] == "elephant"
+    assert captions_of.subjects(args, clip, own, "")[8] == "elephant"
 
 
 def test_place_is_no_part_of_a_waterbirds_caption():
     args, clip = settings("--dataset tiny-waterbirds"), common.load_clip()
     images, *_ = tiny_set(6, classes=tiny_world.WATERBIRD_CLASSES)
-    said = ldfs.subjects(args, clip, look(images, clip), "a photo of a {} on grass")
+    said = captions_of.subjects(args, clip, look(images, clip), "a photo of a {} on grass")
     assert all(re.fullmatch(r"\w+ (land|water)bird", text) for text in said)
 
 
@@ -372,9 +374,9 @@ def test_place_is_no_part_of_a_waterbirds_caption():
 )
 def test_what_a_caption_says(caption, subject, monkeypatch):
     images = common.ImageSet(np.array(["data/x.jpg"]), torch.tensor([0]), ("old_dog",))
-    monkeypatch.setattr(ldfs, "read_captions", lambda *_: [caption])
+    monkeypatch.setattr(captions_of, "read_captions", lambda *_: [caption])
     own = ldfs.Features(images, None, images.labels)
-    assert ldfs.subjects(argparse.Namespace(captioner="file"), None, own, "") == [subject]
+    assert captions_of.subjects(argparse.Namespace(captioner="file"), None, own, "") == [subject]
 
 
 def test_different_texts_are_encoded_once():
@@ -789,7 +791,7 @@ def test_caption_file(command, pacs_tree, tmp_path, few_images):
     _, _, photo, _ = common.load_domains("pacs", pacs_tree)
     row = {"captioner": "file", "caption_file": said, "dataset": "pacs", "data_root": pacs_tree}
     own = ldfs.Features(photo.images, None, photo.images.labels)
-    subjects = ldfs.subjects(argparse.Namespace(**row), None, own, "")
+    subjects = captions_of.subjects(argparse.Namespace(**row), None, own, "")
     assert subjects == [f"red {own.images.classes[label]} on grass" for label in own.labels]
     del captions["PACS/photo/dog/pic_000.jpg"]
     said.write_text(json.dumps(captions))
