@@ -233,6 +233,28 @@ def load_parts(name: str, root="data", seed=0, cue=0.95, download=False) -> dict
     return sets
 
 
+def load_id_and_ood(name: str, root="data", seed=0, cue=0.95, download=False) -> tuple:
+    """A data set with a spurious attribute: {train, val_id, test_id, val_ood, test_ood}, in whose
+    OOD parts the attribute is independent of the label; and weights (N,) of test_id's images, or
+    None. Args, Raises: as `load_parts`.
+
+    Waterbirds has one validation and one test set. As they are they are OOD. Weighted so that each
+    group counts as much as it does in training, they are ID.
+    """
+    sets = load_parts(name, root, seed, cue, download)
+    if name.endswith("mnist-cifar"):
+        return sets, None
+    in_training = torch.bincount(sets["train"].groups, minlength=4)
+    share = in_training / len(sets["train"])  # (4,)
+    groups = sets["test"].groups
+    weights = share / torch.bincount(groups, minlength=4)
+    for part in ("val", "test"):
+        images = sets.pop(part)
+        sets[f"{part}_id"] = images
+        sets[f"{part}_ood"] = images
+    return sets, weights[groups]
+
+
 def drawn_parts(drawn: dict, classes: tuple[str, ...]) -> dict[str, ImageSet]:
     return {part: ImageSet(x, y, classes, groups) for part, (x, y, groups) in drawn.items()}
 

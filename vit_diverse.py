@@ -17,20 +17,18 @@ What the paper leaves open is called "our choice" in --help and explained in res
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
+from assets.vit import Block, PatchEmbedding, take_apart, torchvision_vit
 
 
 # ---------- Diversity: orthogonal input gradients ------------------------------------------------
@@ -82,8 +80,10 @@ def head_cosine(model: DiverseViT, images: torch.Tensor) -> float:
     token, in [0, 1]."""
     with torch.enable_grad():
         inputs = model.head_inputs(images)
-        gradients = input_gradients(model.logits(model.head_outputs(inputs)), inputs)
-    cosines = gradient_products(F.normalize(gradients, dim=-1)).abs()  # (B, N, H, H)
+        logits = model.logits(model.head_outputs(inputs))
+        gradients = input_gradients(logits, inputs)
+    directions = F.normalize(gradients, dim=-1)
+    cosines = gradient_products(directions).abs()  # (B, N, H, H)
     H = len(gradients)
     pairs = max(1, H * (H - 1))
     return cosines.sum((-1, -2)).mean().item() / pairs
@@ -96,9 +96,7 @@ def head_subsets(heads: int) -> torch.Tensor:
     Raises: InputError (a ValueError) for more than 16 heads, whose subsets are too many to search.
     """
     if not 1 <= heads <= 16:
-        raise common.InputError(
-            f"all subsets can be searched for 1 to 16 heads, not for {heads} heads"
-        )
+        raise common.InputError(f"subsets can be searched of 1 to 16 heads, not of {heads} heads")
     *subsets, _ = itertools.product((1.0, 0.0), repeat=heads)  # the empty one comes last
     masks = torch.tensor(subsets)
     return masks[masks.sum(1).argsort(descending=True, stable=True)]
@@ -136,7 +134,9 @@ def subset_scores(hits: torch.Tensor, groups: torch.Tensor | None = None) -> tor
     """Accuracy of every subset, (S,), from hits (S, N); with groups (N,), on its worst group."""
     if groups is None:
         return hits.double().mean(1)
-    by_group = [hits[:, groups == group].double().mean(1) for group in groups.unique()]
+    by_group = []
+    for group in groups.unique():
+        by_group.append(hits[:, groups == group].double().mean(1))
     return torch.stack(by_group).amin(0)
 
 
@@ -148,51 +148,13 @@ def select_heads(model, heads, labels, groups=None) -> tuple[torch.Tensor, torch
     Returns: its mask (H,), and the score of all subsets (2^H - 1,) in the order of `head_subsets`.
     """
     masks = head_subsets(heads.shape[1])
-    scores = subset_scores(subset_hits(model, heads, labels, masks), groups)
-    return masks[scores.argmax()], scores  # the first of equals
+    hits = subset_hits(model, heads, labels, masks)
+    scores = subset_scores(hits, groups)
+    best = scores.argmax()  # the first of equals
+    return masks[best], scores
 
 
 # ---------- The network: a ViT whose last layer tells what each head read and said ---------------
-class PatchEmbedding(nn.Module):
-    """Images (B, 3, h, w) -> a class token and the patches, with learned positions, (B, N, D)."""
-
-    def __init__(self, image_size: tuple[int, int], patch_size: int, dim: int):
-        super().__init__()
-        height, width = image_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"sides {image_size} must be multiples of the patch size {patch_size}")
-        patches = height * width // patch_size**2
-        self.project = nn.Conv2d(3, dim, patch_size, patch_size)
-        self.class_token = nn.Parameter(torch.randn(1, 1, dim))
-        self.positions = nn.Parameter(torch.randn(1, 1 + patches, dim))
-
-    def forward(self, images):
-        patches = self.project(images).flatten(2).mT  # (B, patches, D)
-        start = self.class_token.expand(len(images), -1, -1)
-        return torch.cat([start, patches], 1) + self.positions
-
-
-class Block(nn.Module):
-    """A plain pre-norm transformer layer."""
-
-    def __init__(self, dim: int, heads: int, dim_head: int, mlp_dim: int):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.out = nn.Linear(heads * dim_head, dim)
-        self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
-
-    def forward(self, x):
-        B, N, _ = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, N, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-        heads = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, d)
-        x = x + self.out(heads.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.mlp_norm(x))
-
-
 class LastBlock(nn.Module):
     """The last layer: no residual path around its attention, so all that the classifier reads came
     through some head.
@@ -225,9 +187,11 @@ class LastBlock(nn.Module):
         if self.qkv.bias is not None:
             b_q, _, b_v = self.qkv.bias.view(3, self.heads, 1, -1)  # each (H, 1, d)
         q = inputs[:, :, 0] @ w_q.mT + b_q  # (H, B, d)
-        scores = inputs @ (q @ w_k)[..., None] / w_q.shape[1] ** 0.5  # (H, B, N, 1)
+        asked = (q @ w_k)[..., None]  # (H, B, D, 1)
+        scores = inputs @ asked / w_q.shape[1] ** 0.5  # (H, B, N, 1)
         mixed = (scores.softmax(2) * inputs).sum(2)  # (H, B, D)
-        return (mixed @ w_v.mT + b_v).transpose(0, 1)
+        heads = mixed @ w_v.mT + b_v  # (H, B, d)
+        return heads.transpose(0, 1)
 
     def output(self, heads, head_mask=None):
         """Head outputs (..., H, d), mask (..., H) or None -> class token (..., D)."""
@@ -235,7 +199,8 @@ class LastBlock(nn.Module):
             in_use = head_mask.sum(-1, keepdim=True)
             if (in_use == 0).any():
                 raise ValueError("head_mask keeps no head; at least one must be 1")
-            heads = heads * (head_mask * (self.heads / in_use)).unsqueeze(-1)
+            weights = head_mask * (self.heads / in_use)
+            heads = heads * weights.unsqueeze(-1)
         x = self.out(heads.flatten(-2))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -283,68 +248,13 @@ def headwise(vit: nn.Module, num_classes: int) -> DiverseViT:
     trunk, last_layer, end_norm = take_apart(vit)
     last = LastBlock(*last_layer)
     model = DiverseViT((1, 1), 1, num_classes, last.out.out_features, 1, 1, 1)  # its classifier
-    model.trunk, model.last, model.classifier[0] = trunk, last, end_norm
+    model.trunk = trunk
+    model.last = last
+    model.classifier[0] = end_norm
     return model
 
 
-# ---------- Pretrained ViTs ----------------------------------------------------------------------
-class PretrainedTrunk(nn.Module):
-    """All layers but the last of torchvision's or open_clip's ViT: images -> tokens (B, N, D)."""
-
-    def __init__(self, vit: nn.Module):
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images):
-        if isinstance(self.vit, torchvision.models.VisionTransformer):
-            patches = self.vit._process_input(images)
-            start = self.vit.class_token.expand(len(images), -1, -1)
-            return self.vit.encoder(torch.cat([start, patches], 1))
-        return self.vit.transformer(self.vit._embeds(images))
-
-
-def take_apart(vit: nn.Module) -> tuple:
-    """A copy of a ViT in parts: all layers but the last, the arguments of `LastBlock`, the norm
-    behind it. Raises: InputError for another kind of network."""
-    vit = copy.deepcopy(vit).requires_grad_(True)
-    transformer = getattr(vit, "transformer", None)
-    if isinstance(vit, torchvision.models.VisionTransformer):
-        *layers, end = vit.encoder.layers
-        attention, end_norm = end.self_attention, vit.encoder.ln
-        vit.encoder.layers = nn.Sequential(*layers)
-        vit.encoder.ln, vit.heads = nn.Identity(), nn.Identity()
-    elif isinstance(transformer, open_clip.transformer.Transformer) and vit.attn_pool is None:
-        *layers, end = transformer.resblocks
-        attention, end_norm = end.attn, vit.ln_post
-        transformer.resblocks = nn.ModuleList(layers)
-        vit.ln_post, vit.proj = nn.Identity(), None
-    else:
-        wrong = f"head selection needs a ViT with a class token, not a {type(vit).__name__}"
-        raise common.InputError(f"{wrong}; use scratch, vit_b_16, tiny, ViT-B-32, ViT-B-16, ...")
-    qkv = nn.Linear(attention.embed_dim, 3 * attention.embed_dim)
-    qkv.weight, qkv.bias = attention.in_proj_weight, attention.in_proj_bias
-    last = attention.num_heads, end.ln_1, qkv, attention.out_proj, end.ln_2, end.mlp
-    return PretrainedTrunk(vit), last, end_norm
-
-
-def torchvision_vit(pretrained: str | None) -> nn.Module:
-    """torchvision's ViT-B/16 with ImageNet weights, downloaded or from a file.
-
-    Raises: InputError if they cannot be had.
-    """
-    try:
-        vit = torchvision.models.vit_b_16(weights=None if pretrained else "IMAGENET1K_V1")
-        if pretrained:
-            vit.load_state_dict(torch.load(pretrained, map_location="cpu", weights_only=True))
-    except Exception as error:  # download, file and format can each fail in their own ways
-        why = f"{pretrained or 'IMAGENET1K_V1'}: {str(error).splitlines()[0]}"
-        hint = "Offline? Give torchvision's file with --pretrained FILE, or use --model tiny."
-        raise common.InputError(f"cannot load vit_b_16's weights {why}\n  {hint}") from error
-    statistics = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of ImageNet
-    open_clip.set_model_preprocess_cfg(vit, {"size": 224, "interpolation": "bilinear"} | statistics)
-    return vit
-
-
+# ---------- The network of a row ------------------------------------------------------------------
 IMAGE_SIZES = {"tiny-mnist-cifar": (32, 16), "mnist-cifar": (64, 32), "tiny-waterbirds": (32, 32)}
 
 
@@ -369,8 +279,7 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     """Minimise L_ERM + lambda L_IG, in place. Adam; lr / 10 after 70 % of the epochs, again after
     80 % (published).
 
-    Returns: for every epoch its last losses; with --protocol published also what every head alone
-    reaches.
+    Returns: for every epoch its last losses; with --protocol published also `epoch_accuracies`.
     """
     weight = getattr(row, "lambda")  # 0: ERM
     order = torch.Generator().manual_seed(seed)
@@ -385,10 +294,11 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     for epoch in tqdm(range(1, row.epochs + 1), desc=f"lambda {weight:g}", disable=None):
         model.train()
         for images, labels in loader:
-            images, labels = images.to(row.device), labels.to(row.device)
+            labels = labels.to(row.device)
             with common.autocast(row.device, row.precision):
-                inputs = model.head_inputs(images)  # (H, B, N, D)
-                logits = model.logits(model.head_outputs(inputs)).float()  # (B, C)
+                inputs = model.head_inputs(images.to(row.device))  # (H, B, N, D)
+                heads = model.head_outputs(inputs)  # (B, H, d)
+                logits = model.logits(heads).float()  # (B, C)
             loss_erm = F.cross_entropy(logits, labels)
             loss_ig = torch.zeros((), device=row.device)
             if weight:
@@ -400,28 +310,11 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
             scaler.update()
         schedule.step()
         model.eval()
-        losses = {"loss_erm": loss_erm.item(), "loss_ig": loss_ig.item()}  # of the last batch
-        history.append({"epoch": epoch} | losses)
+        found = {"epoch": epoch, "loss_erm": loss_erm.item(), "loss_ig": loss_ig.item()}
         if row.protocol == "published":
-            history[-1]["single heads"] = single_head_accuracies(model, sets, row)
+            found |= epoch_accuracies(model, sets, row)
+        history.append(found)
     return history
-
-
-def load_sets(args, seed: int) -> tuple[dict[str, common.ImageSet], torch.Tensor | None]:
-    """train, val_id, test_id, val_ood and test_ood; weights (N,) of test_id's images, or None.
-
-    Waterbirds has one validation and one test set. As they are they are OOD: place and bird are
-    independent. Weighted so that each group counts as much as it does in training, they are ID.
-    """
-    sets = common.load_parts(args.dataset, args.data_root, seed, args.cue, args.download)
-    if args.dataset.endswith("mnist-cifar"):
-        return sets, None
-    share = torch.bincount(sets["train"].groups, minlength=4) / len(sets["train"])
-    groups = sets["test"].groups
-    weights = (share / torch.bincount(groups, minlength=4))[groups]
-    for part in ("val", "test"):
-        sets[f"{part}_id"] = sets[f"{part}_ood"] = sets.pop(part)
-    return sets, weights
 
 
 # ---------- Tests --------------------------------------------------------------------------------
@@ -432,57 +325,67 @@ def what_heads_see(model, heads: torch.Tensor, images: common.ImageSet) -> dict[
     alone = torch.eye(model.last.heads, device=heads.device)
     logits = model.logits(heads, alone[:, None]).cpu()  # (H, N, 2)
     answers = logits.argmax(-1)  # (H, N)
-    spurious = images.groups % 2
-    correlation = torch.corrcoef(logits[..., 1] - logits[..., 0])
+    robust = answers == images.labels
+    spurious = answers == images.groups % 2
+    margins = logits[..., 1] - logits[..., 0]
+    correlation = torch.corrcoef(margins).reshape(len(alone), -1)  # also of one head
     return {
-        "robust": (answers == images.labels).double().mean(1).tolist(),
-        "spurious": (answers == spurious).double().mean(1).tolist(),
-        "correlation": correlation.reshape(len(alone), -1).tolist(),  # also of one head
+        "robust": robust.double().mean(1).tolist(),
+        "spurious": spurious.double().mean(1).tolist(),
+        "correlation": correlation.tolist(),
     }
 
 
 def budget_draws(model, heads: dict, sets: dict, groups, seed: int) -> dict[str, list]:
     """{n: OOD test accuracies, where n random labelled images of val_ood chose the heads}."""
-    masks, scores = head_subsets(model.last.heads), {}
+    masks = head_subsets(model.last.heads)
     hits = subset_hits(model, heads["val_ood"], sets["val_ood"].labels, masks)  # (S, N)
     reached = subset_hits(model, heads["test_ood"], sets["test_ood"].labels, masks)
     reached = subset_scores(reached)  # (S,)
     rng = common.tiny_rng(seed, "budget")
+    draws = {}
     for n in BUDGETS:
-        scores[str(n)] = []
+        draws[str(n)] = []
         for _ in range(DRAWS):
             some = rng.choice(hits.shape[1], n, replace=False)
             own = None if groups is None else groups[some]
             chosen = subset_scores(hits[:, some], own).argmax()
-            scores[str(n)].append(reached[chosen].item())
-    return scores
+            draws[str(n)].append(reached[chosen].item())
+    return draws
 
 
-def single_head_accuracies(model, sets: dict, row) -> dict[str, list[float]]:
-    """What every head alone reaches, (H,), on each set that does not train."""
-    scores, alone = {}, torch.eye(model.last.heads)
+def epoch_accuracies(model, sets: dict, row) -> dict[str, dict]:
+    """What each head alone reaches on every set that does not train, (H,), and all heads, (1,)."""
+    H = model.last.heads
+    masks = torch.cat([torch.eye(H), torch.ones(1, H)])
+    found = {"single heads": {}, "all heads": {}}
     for name, images in sets.items():
-        if name != "train":
-            hits = subset_hits(model, collect_heads(model, images, row), images.labels, alone)
-            scores[name] = subset_scores(hits).tolist()
-    return scores
+        if name == "train":
+            continue
+        hits = subset_hits(model, collect_heads(model, images, row), images.labels, masks)
+        scores = subset_scores(hits).tolist()
+        found["single heads"][name] = scores[:H]
+        found["all heads"][name] = scores[H:]
+    return found
 
 
-def published_rule(history: list[dict]) -> dict[str, float]:
-    """The +SEL row as the paper selected it: on each validation set the best (epoch, head), so that
-    ID and OOD are two models. history: of `train`."""
+def published_rule(history: list[dict], selected: bool) -> dict[str, float]:
+    """A row as the paper selected it: on each validation set the best epoch, in a +SEL row the best
+    (epoch, head), so that ID and OOD are two models. history: of `train`."""
+    heads = "single heads" if selected else "all heads"
     best = {}
     for kind in ("id", "ood"):
-        validation = np.array([epoch["single heads"][f"val_{kind}"] for epoch in history])
-        test = np.array([epoch["single heads"][f"test_{kind}"] for epoch in history])
-        best[f"published {kind}"] = float(test.flat[validation.argmax()])  # (epochs, H)
+        validation = np.array([epoch[heads][f"val_{kind}"] for epoch in history])  # (epochs, n)
+        test = np.array([epoch[heads][f"test_{kind}"] for epoch in history])
+        place = validation.argmax()
+        best[f"published {kind}"] = float(test.flat[place])
     return best
 
 
 def evaluate_row(row, model, heads: dict, sets: dict, weights, seed: int) -> tuple[dict, dict]:
     """Test accuracies of a row, and which heads it uses, numbered from 1.
 
-    Args: heads: {set: `collect_heads`}; weights: of test_id's images, see `load_sets`.
+    Args: heads: {set: `collect_heads`}; weights: of test_id's images, see `common.load_id_and_ood`.
     """
     validation, test = sets["val_ood"], sets["test_ood"]
     groups = validation.groups if row.select_by == "worst-group" else None
@@ -491,12 +394,14 @@ def evaluate_row(row, model, heads: dict, sets: dict, weights, seed: int) -> tup
         mask, _ = select_heads(model, heads["val_ood"], validation.labels, groups)
     id_hits = subset_hits(model, heads["test_id"], sets["test_id"].labels, mask[None])  # (1, N)
     ood_hits = subset_hits(model, heads["test_ood"], test.labels, mask[None])
+    worst = subset_scores(ood_hits, test.groups)
     measures = {
         "id": float(np.average(id_hits[0], weights=weights)),
         "ood": subset_scores(ood_hits).item(),
-        "worst group": subset_scores(ood_hits, test.groups).item(),
+        "worst group": worst.item(),
     }
-    extra = {"heads": (mask.nonzero().flatten() + 1).tolist()}
+    in_use = mask.nonzero().flatten() + 1
+    extra = {"heads": in_use.tolist()}
     if row.selected and row.study == "budget":
         extra["budget"] = budget_draws(model, heads, sets, groups, seed)
     return measures, extra
@@ -504,40 +409,47 @@ def evaluate_row(row, model, heads: dict, sets: dict, weights, seed: int) -> tup
 
 def compare(args, run, seed: int) -> None:
     """Train and test every row of one seed."""
-    sets, weights = load_sets(args, seed)
+    data = args.dataset, args.data_root, seed, args.cue, args.download
+    sets, weights = common.load_id_and_ood(*data)
     for training, rows in trainings(args.rows).items():
         if rows.keys() <= run.rows.keys():
             continue
-        *_, row = rows.values()
-        torch.manual_seed(seed)
-        model, augment, preprocess = build(row)
-        head_subsets(model.last.heads)  # too many heads are refused before training
-        model.to(row.device).eval()
-        for name, images in sets.items():
-            sets[name] = images.transformed(augment if name == "train" else preprocess)
-        some = range(min(64, len(sets["val_id"])))
-        images, _ = sets["val_id"].__getitems__(some)
-        probe = images.to(row.device)
-
-        before = head_cosine(model, probe)
-        history = train(model, sets, row, seed)
-        after = head_cosine(model, probe)
-        file = f"{common.slug(training)}.pt"
-        torch.save(model.state_dict(), run.folder / file)
-        heads = {}
-        for name in ("val_ood", "test_id", "test_ood"):
-            heads[name] = collect_heads(model, sets[name], row)  # (N, H, d)
-        learnt = what_heads_see(model, heads["test_ood"], sets["test_ood"])
-        learnt |= {"cosine before": before, "cosine after": after, "history": history}
-        run.extra[training] = learnt
-        print(f"{training}: |cosine| of input gradients {before:.3f}, trained {after:.3f}")
+        *_, row = rows.values()  # they differ in selection alone
+        model, history, heads = train_and_look(training, row, sets, run, seed)
         for name, row in rows.items():
             measures, extra = evaluate_row(row, model, heads, sets, weights, seed)
-            if row.selected and row.protocol == "published":
-                measures |= published_rule(history)
+            if row.protocol == "published":
+                measures |= published_rule(history, row.selected)
             run.extra.setdefault(name, {}).update(extra)
             run.add(name, measures)
     run.record["rows"] = {name: run.rows[name] for name in args.rows}  # the table's order
+
+
+def train_and_look(name: str, row, sets: dict, run, seed: int) -> tuple:
+    """One training: its network, losses, and head outputs {set: `collect_heads`}; it fills
+    run.extra with what heads see and transforms the sets for the network."""
+    torch.manual_seed(seed)
+    model, augment, preprocess = build(row)
+    head_subsets(model.last.heads)  # too many heads are refused before training
+    model.to(row.device).eval()
+    for part, images in sets.items():
+        sets[part] = images.transformed(augment if part == "train" else preprocess)
+    some = range(min(64, len(sets["val_id"])))
+    images, _ = sets["val_id"].__getitems__(some)
+    images = images.to(row.device)
+
+    before = head_cosine(model, images)
+    history = train(model, sets, row, seed)
+    after = head_cosine(model, images)
+    print(f"{name}: |cosine| of input gradients {before:.3f}, trained {after:.3f}")
+    torch.save(model.state_dict(), run.folder / f"{common.slug(name)}.pt")
+    heads = {}
+    for part in ("val_ood", "test_id", "test_ood"):
+        heads[part] = collect_heads(model, sets[part], row)  # (N, H, d)
+    learnt = what_heads_see(model, heads["test_ood"], sets["test_ood"])
+    learnt |= {"cosine before": before, "cosine after": after, "history": history}
+    run.extra[name] = learnt
+    return model, history, heads
 
 
 # ---------- What the paper compares --------------------------------------------------------------
@@ -569,56 +481,25 @@ def lambda_rows(weight: float) -> list[str]:
     return rows
 
 
-def budget_table(record: dict) -> dict[str, dict]:
-    """OOD accuracy with heads that n labelled OOD images chose, averaged over the draws."""
+def by_budget(record: dict) -> dict[str, dict]:
+    """A view of a record: OOD accuracy with heads that n labelled OOD images chose, by n; the mean
+    of the draws."""
     rows = {}
-    for name in record["rows"]:
-        if "budget" in record["extra"][name]:
-            draws = record["extra"][name]["budget"]
-            rows[name] = {f"n = {n}": np.mean(draws[n]) for n in draws}
-            rows[name]["all of val_ood"] = record["rows"][name]["ood"]
+    for name, extra in record["extra"].items():
+        if "budget" in extra:
+            rows[name] = {n: float(np.mean(draws)) for n, draws in extra["budget"].items()}
     return rows
 
 
-def draw_heads(run) -> None:
-    """--figures: does a head alone follow the label or the other attribute, and how alike do the
-    heads of a network answer? As pictures, and as numbers in analysis.npz."""
-    points, numbers = {}, {}
+def save_heads(run) -> None:
+    """--figures: which attribute a head alone follows, and how alike the heads of a network answer,
+    as numbers in analysis.npz."""
+    numbers = {}
     for name, seen in run.extra.items():
-        if "robust" in seen:
-            path = run.folder / f"correlation-{common.slug(name)}.png"
-            common.plot_heat(seen["correlation"], name, "head", "head", path, center=0)
-            points[name] = seen["spurious"], seen["robust"]
-            for key in ("robust", "spurious", "correlation"):
+        for key in ("robust", "spurious", "correlation"):
+            if key in seen:
                 numbers[f"{name} {key}"] = seen[key]
-    labels = "agrees with the spurious attribute", "agrees with the label"
-    path = run.folder / "heads.png"
-    common.plot_panels({"single heads": points}, *labels, path, style="points")
     np.savez(run.folder / "analysis.npz", **numbers)
-
-
-def draw_study(args, records: list[dict]) -> None:
-    """OOD accuracy over the budget, or accuracies and the likeness of heads over lambda."""
-    path = args.summary.with_name(f"{args.summary.stem}-curves.png")
-    if args.study == "budget":
-        budgets = [{**record, "rows": budget_table(record)} for record in records]
-        print("\n" + common.table("ood, %", budgets))
-        curves = {}
-        for name in budgets[0]["rows"]:
-            ood = [common.seed_means(budgets, name, f"n = {n}") for n in BUDGETS]  # (n, seeds)
-            curves[name] = BUDGETS, ood
-        names = "labelled OOD images", "OOD accuracy"
-        common.plot_panels({"chosen heads": curves}, *names, path, xscale="log")
-    else:
-        panels = {"div": {}, "div+sel": {}}
-        for start, curves in panels.items():
-            rows = [name for name in args.rows if name.startswith(f"{start}/")]
-            weights = [getattr(args.rows[name], "lambda") for name in rows]
-            for measure in ("id", "ood", "worst group"):
-                values = [common.seed_means(records, name, measure) for name in rows]
-                curves[measure] = weights, values  # (n,), (n, seeds)
-        common.plot_panels(panels, "lambda", "accuracy", path, xscale="symlog")
-    print(f"Curves are in {path}")
 
 
 # ---------- Settings: name, kind, default, default with the tiny CLIP, help ----------------------
@@ -648,7 +529,7 @@ NETWORK = [  # of --model scratch
     ("dim-head", count, None, None, "scratch: width of a head"),
     ("mlp-dim", count, 128, 128, "scratch: hidden width of the MLPs (published: 128)"),
 ]
-PUBLISHED = "published: also the +sel rows as the paper chose them, ID and OOD by different models"
+PUBLISHED = "published: also all rows as the paper chose them, ID and OOD by different models"
 OF_ALL_ROWS = [
     *NETWORK,
     ("protocol", ("one-model", "published"), "one-model", "one-model", PUBLISHED),
@@ -659,24 +540,12 @@ METHOD = common.Method("vit_diverse", SETTINGS, ROWS, STUDIES)
 
 def settings():
     """The command's settings. Raises: InputError for one that would have no effect."""
-    names = [f"--{name.replace('_', '-')}" for name in VARYING]
-    table = {dataset: [*map(str, row)] for dataset, row in DEFAULTS.items()}
-    doc = f"{__doc__}\n{common.format_table('defaults', names, table)}"
+    defaults = {dataset: dict(zip(VARYING, values)) for dataset, values in DEFAULTS.items()}
+    doc = f"{__doc__}\n{common.value_table('defaults', defaults)}"
     args = common.flags(METHOD, doc, list(ROWS), list(DEFAULTS), OF_ALL_ROWS)
-    if args.dataset not in DEFAULTS:
-        hint = common.did_you_mean(args.dataset, DEFAULTS)
-        choice = f"Choose from {', '.join(DEFAULTS)}."
-        raise common.InputError(f"unknown data set {args.dataset!r}{hint} {choice}")
-    preset = dict(zip(VARYING, DEFAULTS[args.dataset]), cue=0.95)
+    preset = {**defaults[args.dataset], "cue": 0.95}
     model = args.model or preset["model"]
-    idle = ["pretrained"] if model == "scratch" else [name for name, *_ in NETWORK]
-    if args.dataset != "tiny-waterbirds":
-        idle.append("cue")
-    if args.dataset != "mnist-cifar":
-        idle.append("download")
-    for name in idle:
-        if getattr(args, name.replace("-", "_")) is not None:
-            raise common.InputError(f"--{name} has no effect with {args.dataset}, --model {model}")
+    refuse_idle_settings(args, model)
     if args.study == "lambda":
         given = getattr(args, "lambda")
         args.modes = lambda_rows(preset["lambda"] if given is None else given)
@@ -689,6 +558,18 @@ def settings():
     return args
 
 
+def refuse_idle_settings(args, model: str) -> None:
+    """Raises: InputError for a setting without effect on this data set or model."""
+    idle = ["pretrained"] if model == "scratch" else [name for name, *_ in NETWORK]
+    if args.dataset != "tiny-waterbirds":
+        idle.append("cue")
+    if args.dataset != "mnist-cifar":
+        idle.append("download")
+    for name in idle:
+        if getattr(args, name.replace("-", "_")) is not None:
+            raise common.InputError(f"--{name} has no effect with {args.dataset}, --model {model}")
+
+
 # ---------- main ---------------------------------------------------------------------------------
 def main():
     args = settings()
@@ -699,13 +580,15 @@ def main():
             if not run.complete:
                 compare(args, run, seed)
                 if args.figures:
-                    draw_heads(run)
+                    save_heads(run)
         records.append(run.record)
-    common.report(args, records, "ood")
+    result = common.report(args, records, "ood")
     if args.protocol == "published":
-        print("published: best (epoch, head) on each validation set, so ID and OOD are two models")
-    if args.study:
-        draw_study(args, records)
+        print("published: the best epoch (and head) on each validation set, ID and OOD apart")
+    if args.study == "budget":
+        budgets = [{**record, "rows": by_budget(record)} for record in records]
+        print("\n" + common.table("ood, %, heads chosen on n images:", budgets))
+    return result
 
 
 if __name__ == "__main__":

@@ -78,9 +78,11 @@ def heads(record: dict) -> dict:
 def budget(record: dict) -> dict:
     """vit_diverse: OOD accuracy with heads chosen on n labelled OOD images, mean of the draws."""
     rows = {}
-    for row, numbers in vit_diverse.budget_table(record).items():
-        all_heads = record["rows"][row.replace("+sel", "")]["ood"]
-        rows[row] = {"all heads": all_heads, **numbers}
+    for row, numbers in vit_diverse.by_budget(record).items():
+        rows[row] = {"all heads": record["rows"][row.replace("+sel", "")]["ood"]}
+        for n, accuracy in numbers.items():
+            rows[row][f"n = {n}"] = accuracy
+        rows[row]["all of val_ood"] = record["rows"][row]["ood"]
     return rows
 
 

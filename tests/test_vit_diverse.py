@@ -278,7 +278,8 @@ def test_of_equal_subsets_the_larger_is_kept():
 
 
 def test_published_rule_takes_the_best_epoch_and_head_for_each_kind():
-    scores = [
+    """In the authors' logs: 62.71 and 64.58 for ERM and DIV, the best epoch on OOD validation."""
+    single = [
         {
             "val_id": [0.9, 0.6],
             "test_id": [0.1, 0.2],
@@ -292,8 +293,15 @@ def test_published_rule_takes_the_best_epoch_and_head_for_each_kind():
             "test_ood": [0.7, 0.8],
         },
     ]
-    best = vit_diverse.published_rule([{"single heads": epoch} for epoch in scores])
-    assert best == {"published id": 0.1, "published ood": 0.7}
+    together = [
+        {"val_id": [0.5], "test_id": [0.11], "val_ood": [0.7], "test_ood": [0.12]},
+        {"val_id": [0.6], "test_id": [0.13], "val_ood": [0.4], "test_ood": [0.14]},
+    ]
+    history = [{"single heads": a, "all heads": b} for a, b in zip(single, together)]
+    selected = vit_diverse.published_rule(history, selected=True)
+    assert selected == {"published id": 0.1, "published ood": 0.7}
+    whole = vit_diverse.published_rule(history, selected=False)
+    assert whole == {"published id": 0.13, "published ood": 0.12}
 
 
 @pytest.fixture
@@ -457,7 +465,7 @@ def test_damaged_waterbirds_folder(waterbirds_tree, damage):
 
 def test_waterbirds_id_accuracy_counts_groups_as_training_does():
     args = argparse.Namespace(dataset="tiny-waterbirds", data_root="data", cue=0.9, download=False)
-    sets, weights = vit_diverse.load_sets(args, 0)
+    sets, weights = common.load_id_and_ood(args.dataset, args.data_root)
     share = torch.bincount(sets["train"].groups) / len(sets["train"])
     groups = sets["test_id"].groups
     hits = torch.rand(len(groups), generator=torch.Generator().manual_seed(0)) < 0.7
@@ -516,7 +524,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
     monkeypatch.setattr(vit_diverse, "evaluate_row", evaluate_row)
     call_main(vit_diverse.main, f"{arguments} parts --resume")
     whole = files(tmp_path / "whole")
-    assert len(whole) == 7  # result, two networks, numbers and pictures of heads
+    assert len(whole) == 4  # result, two networks, numbers of heads
     assert files(tmp_path / "parts") == whole
 
 
@@ -537,20 +545,20 @@ def test_study_lambda_sweeps_around_the_lambda_of_the_data_set(few_images, call_
     assert [name for name in record["rows"] if "sel" not in name] == [
         f"div/lambda={weight}" for weight in weights
     ]
-    curves = Image.open(tmp_path / "results" / "vit_diverse-lambda-tiny-mnist-cifar-curves.png")
+    curves = Image.open(tmp_path / "results" / "vit_diverse-lambda-tiny-mnist-cifar.png")
     assert curves.width > 600
 
 
 def test_study_budget(monkeypatch, few_images, call_main, tmp_path):
     monkeypatch.setattr(vit_diverse, "BUDGETS", (4, 8))
     printed = call_main(vit_diverse.main, f"{SMALL} --seeds 0 1 --study budget")
-    assert "n = 4  " in printed and "all of val_ood" in printed
+    table = printed[printed.index("ood, %, heads chosen on n images:") :].splitlines()
+    assert table[0].split()[-2:] == ["4", "8"] and table[2].startswith("erm+sel")
     stored = tmp_path / "results" / "vit_diverse-budget-tiny-mnist-cifar.json"
     for record in json.loads(stored.read_text())["records"]:
         for row in ("erm+sel", "div+sel"):
             draws = record["extra"][row]["budget"]
             assert {n: len(values) for n, values in draws.items()} == {"4": 50, "8": 50}
-    assert stored.with_name(f"{stored.stem}-curves.png").exists()
 
 
 def test_waterbirds_with_a_clip_tower(waterbirds_tree, call_main, tmp_path):

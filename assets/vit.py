@@ -1,0 +1,139 @@
+"""A plain small ViT's layers; and pretrained ViTs in parts: all layers but the last, the last, the
+norm behind it.
+
+torchvision's and open_clip's ViTs hold the same parts under other names; vit_diverse.py puts its
+own last layer, without a residual path around its attention, behind the first part.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import open_clip
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from assets.tiny_world import InputError
+
+
+# ---------- Layers -------------------------------------------------------------------------------
+class PatchEmbedding(nn.Module):
+    """Images (B, 3, h, w) -> a class token and the patches, with learned positions, (B, N, D)."""
+
+    def __init__(self, image_size: tuple[int, int], patch_size: int, dim: int):
+        super().__init__()
+        height, width = image_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"sides {image_size} must be multiples of the patch size {patch_size}")
+        patches = height * width // patch_size**2
+        self.project = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.class_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.positions = nn.Parameter(torch.randn(1, 1 + patches, dim))
+
+    def forward(self, images):
+        patches = self.project(images).flatten(2).mT  # (B, patches, D)
+        start = self.class_token.expand(len(images), -1, -1)
+        return torch.cat([start, patches], 1) + self.positions
+
+
+class Block(nn.Module):
+    """A plain pre-norm transformer layer."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, mlp_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.out = nn.Linear(heads * dim_head, dim)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
+
+    def forward(self, x):
+        B, N, _ = x.shape
+        qkv = self.qkv(self.norm(x))  # (B, N, 3 H d)
+        qkv = qkv.view(B, N, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+        heads = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, d)
+        tokens = heads.transpose(1, 2).flatten(2)  # (B, N, H d)
+        x = x + self.out(tokens)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ---------- Pretrained ViTs ----------------------------------------------------------------------
+class TorchvisionTrunk(nn.Module):
+    """All layers but the last of torchvision's ViT: images -> tokens (B, N, D)."""
+
+    def __init__(self, vit: torchvision.models.VisionTransformer):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images):
+        patches = self.vit._process_input(images)  # (B, patches, D)
+        start = self.vit.class_token.expand(len(images), -1, -1)
+        return self.vit.encoder(torch.cat([start, patches], 1))
+
+
+class OpenClipTrunk(nn.Module):
+    """All layers but the last of open_clip's ViT: images -> tokens (B, N, D)."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images):
+        return self.vit.transformer(self.vit._embeds(images))
+
+
+def take_apart(vit: nn.Module) -> tuple:
+    """A copy of a ViT in parts: its trunk; of its last layer the number of heads, norm, one linear
+    layer for queries, keys and values, output projection, norm and MLP; the norm behind it.
+
+    Raises: InputError for another kind of network.
+    """
+    vit = copy.deepcopy(vit).requires_grad_(True)
+    transformer = getattr(vit, "transformer", None)
+    if isinstance(vit, torchvision.models.VisionTransformer):
+        *layers, end = vit.encoder.layers
+        attention, end_norm = end.self_attention, vit.encoder.ln
+        vit.encoder.layers = nn.Sequential(*layers)
+        vit.encoder.ln = nn.Identity()
+        vit.heads = nn.Identity()
+        trunk = TorchvisionTrunk(vit)
+    elif isinstance(transformer, open_clip.transformer.Transformer) and vit.attn_pool is None:
+        *layers, end = transformer.resblocks
+        attention, end_norm = end.attn, vit.ln_post
+        transformer.resblocks = nn.ModuleList(layers)
+        vit.ln_post = nn.Identity()
+        vit.proj = None
+        trunk = OpenClipTrunk(vit)
+    else:
+        wrong = f"head selection needs a ViT with a class token, not a {type(vit).__name__}"
+        raise InputError(f"{wrong}; use scratch, vit_b_16, tiny, ViT-B-32, ViT-B-16, ...")
+    qkv = nn.Linear(attention.embed_dim, 3 * attention.embed_dim)
+    qkv.weight = attention.in_proj_weight
+    qkv.bias = attention.in_proj_bias
+    last = attention.num_heads, end.ln_1, qkv, attention.out_proj, end.ln_2, end.mlp
+    return trunk, last, end_norm
+
+
+def torchvision_vit(pretrained: str | None) -> nn.Module:
+    """torchvision's ViT-B/16 with ImageNet weights, downloaded or from a file.
+
+    Raises: InputError if they cannot be had.
+    """
+    weights = None if pretrained else "IMAGENET1K_V1"
+    try:
+        vit = torchvision.models.vit_b_16(weights=weights)
+        if pretrained:
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)
+            vit.load_state_dict(state)
+    except Exception as error:  # download, file and format can each fail in their own ways
+        why = f"{pretrained or weights}: {str(error).splitlines()[0]}"
+        hint = "Offline? Give torchvision's file with --pretrained FILE, or use --model tiny."
+        raise InputError(f"cannot load vit_b_16's weights {why}\n  {hint}") from error
+    preprocess = {"size": 224, "interpolation": "bilinear"}
+    preprocess |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of ImageNet
+    open_clip.set_model_preprocess_cfg(vit, preprocess)
+    return vit
