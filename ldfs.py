@@ -29,7 +29,7 @@ from torch import nn
 
 import common
 from assets.adapters import Adapter, Probe, TipAdapter
-from assets.captions import WATERBIRDS, WORDS, subjects, text_features
+from assets.words import WATERBIRDS, WORDS, subjects, text_features
 
 
 # ---------- Step 1: what a synthesised feature should be -----------------------------------------

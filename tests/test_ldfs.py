@@ -18,8 +18,7 @@ from PIL import Image
 
 import common
 import ldfs
-from assets import captions as captions_of
-from assets import tiny_world
+from assets import tiny_world, words
 from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_loss, perturb_text
 
 
@@ -339,7 +338,7 @@ def test_retrieved_captions():
     args, clip = settings(), common.load_clip()
     images, colors, places = tiny_set(56)
     own = look(images, clip)
-    said = captions_of.subjects(args, clip, own, "a photo of a {}")
+    said = words.subjects(args, clip, own, "a photo of a {}")
     for i in range(0, 56, 9):
         name = images.classes[images.labels[i]]
         feature = own.features[i]
@@ -349,13 +348,13 @@ def test_retrieved_captions():
     for truth in (colors, places):  # of eight each
         assert np.mean([word in text.split() for word, text in zip(truth, said)]) > 0.5
     args.captioner = "template"
-    assert captions_of.subjects(args, clip, own, "")[8] == "elephant"
+    assert words.subjects(args, clip, own, "")[8] == "elephant"
 
 
 def test_place_is_no_part_of_a_waterbirds_caption():
     args, clip = settings("--dataset tiny-waterbirds"), common.load_clip()
     images, *_ = tiny_set(6, classes=tiny_world.WATERBIRD_CLASSES)
-    said = captions_of.subjects(args, clip, look(images, clip), "a photo of a {} on grass")
+    said = words.subjects(args, clip, look(images, clip), "a photo of a {} on grass")
     assert all(re.fullmatch(r"\w+ (land|water)bird", text) for text in said)
 
 
@@ -374,9 +373,9 @@ def test_place_is_no_part_of_a_waterbirds_caption():
 )
 def test_what_a_caption_says(caption, subject, monkeypatch):
     images = common.ImageSet(np.array(["data/x.jpg"]), torch.tensor([0]), ("old_dog",))
-    monkeypatch.setattr(captions_of, "read_captions", lambda *_: [caption])
+    monkeypatch.setattr(words, "read_captions", lambda *_: [caption])
     own = ldfs.Features(images, None, images.labels)
-    assert captions_of.subjects(argparse.Namespace(captioner="file"), None, own, "") == [subject]
+    assert words.subjects(argparse.Namespace(captioner="file"), None, own, "") == [subject]
 
 
 def test_different_texts_are_encoded_once():
@@ -791,7 +790,7 @@ def test_caption_file(command, pacs_tree, tmp_path, few_images):
     _, _, photo, _ = common.load_domains("pacs", pacs_tree)
     row = {"captioner": "file", "caption_file": said, "dataset": "pacs", "data_root": pacs_tree}
     own = ldfs.Features(photo.images, None, photo.images.labels)
-    subjects = captions_of.subjects(argparse.Namespace(**row), None, own, "")
+    subjects = words.subjects(argparse.Namespace(**row), None, own, "")
     assert subjects == [f"red {own.images.classes[label]} on grass" for label in own.labels]
     del captions["PACS/photo/dog/pic_000.jpg"]
     said.write_text(json.dumps(captions))
