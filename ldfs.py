@@ -29,6 +29,7 @@ from torch import nn
 
 import common
 from assets.adapters import Adapter, Probe, TipAdapter
+from assets.quality import nearest, synthesis_quality
 from assets.words import WATERBIRDS, WORDS, subjects, text_features
 
 
@@ -88,37 +89,59 @@ def pairwise_loss(features, mapped):
 class Mapper(nn.Module):
     """M(f) = normalise( f + W_2 relu(W_1 f + b_1) + b_2 ), unit-norm (B, D) -> (B, D).
 
-    W_2 = b_2 = 0 at first: M(f) = f, so that the first step goes along the text.
+    W_2 = b_2 = 0 at first: M(f) = f, so that the first step goes along the text. LADS' own mapper
+    (`residual=False`) lacks the first f, and starts at random.
     """
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, residual: bool = True):
         super().__init__()
+        self.residual = residual
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-        for parameter in self.layers[2].parameters():
-            nn.init.zeros_(parameter)
+        if residual:
+            for parameter in self.layers[2].parameters():
+                nn.init.zeros_(parameter)
+
+    def raw(self, features):
+        """Before it is made unit-norm."""
+        moved = self.layers(features)
+        return features + moved if self.residual else moved
 
     def forward(self, features):
-        return F.normalize(features + self.layers(features), dim=-1)
+        return F.normalize(self.raw(features), dim=-1)
 
 
-def mapper_loss(row, mapper, batch, class_features, scale, sigma):
-    """L = L_ld + pairwise L_pair, and for LADS + consistency times the cross-entropy of mapped
-    features against the class names.
+def mapper_loss(row, mapper, batch, class_features, scale, sigma, class_weights=None):
+    """L = L_ld + pairwise L_pair, and for LADS + consistency L_cc.
+
+    L_cc is the cross-entropy of mapped features against the class names, as in LADS' code: of plain
+    cosines (with `temperature=clip`, ours, divided by tau), classes weighted alike. LADS also
+    measures moves before they are made unit-norm.
 
     Args: batch: features (B, D), labels (B,), text_source, text_target (B, D); class_features:
-    (C, D); scale: 1 / tau.
+    (C, D); scale: 1 / tau; class_weights: (C,), see `balanced`.
     """
     features, labels, *texts = batch
-    mapped = mapper(features)
+    raw = mapper.raw(features)
+    mapped = F.normalize(raw, dim=-1)
+    end = raw if row.mapper == "lads" else mapped
     if sigma:
         texts = [perturb_text(text, sigma) for text in texts]
     if row.direction == "global":
-        direction = global_direction_loss(features, mapped, *texts, labels, row.reach)
+        direction = global_direction_loss(features, end, *texts, labels, row.reach)
     else:
-        direction = local_direction_loss(features, mapped, *texts, row.reach)
-    consistency = F.cross_entropy(scale * mapped @ class_features.T, labels)
+        direction = local_direction_loss(features, end, *texts, row.reach)
     loss = direction + row.pairwise * pairwise_loss(features, mapped)
-    return loss + row.consistency * consistency
+    if row.consistency:
+        cosines = mapped @ class_features.T
+        logits = scale * cosines if row.temperature == "clip" else cosines
+        loss = loss + row.consistency * F.cross_entropy(logits, labels, class_weights)
+    return loss
+
+
+def balanced(labels, classes: int) -> torch.Tensor:
+    """Weights (C,) by which all classes count alike: N / (C n_c)."""
+    counts = torch.bincount(labels, minlength=classes).clamp(min=1)
+    return len(labels) / (classes * counts)
 
 
 def train_mapper(row, train, holdout, class_features, scale, seed):
@@ -128,19 +151,21 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
     Raises: InputError if no loss on the hold-out is a number.
     """
     torch.manual_seed(seed)
-    mapper = Mapper(train[0].shape[1], row.hidden).to(train[0].device)
+    features, labels, *_ = train
+    mapper = Mapper(features.shape[1], row.hidden, row.mapper == "residual").to(features.device)
+    weights = balanced(labels, len(class_features))
     options = {"lr": row.mapper_lr, "weight_decay": row.weight_decay}
     optimizer = torch.optim.AdamW(mapper.parameters(), **options)
     lowest, best = float("inf"), None
     for _ in range(row.mapper_epochs):
-        for some in torch.randperm(len(train[0])).split(row.batch_size):
+        for some in torch.randperm(len(features)).split(row.batch_size):
             batch = [values[some] for values in train]
-            loss = mapper_loss(row, mapper, batch, class_features, scale, row.sigma)
+            loss = mapper_loss(row, mapper, batch, class_features, scale, row.sigma, weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            loss = mapper_loss(row, mapper, holdout, class_features, scale, sigma=0).item()
+            loss = mapper_loss(row, mapper, holdout, class_features, scale, 0, weights).item()
         if loss < lowest:
             lowest, best = loss, copy.deepcopy(mapper.state_dict())
     if best is None:
@@ -269,77 +294,6 @@ def accuracies(classify, holdout, source, targets) -> dict[str, float]:
         "target": on_targets,
         "average": (on_source + on_targets) / 2,
         **each,
-    }
-
-
-def nearest(features, among) -> torch.Tensor:
-    """For each feature (n, D) the place (n,) of the most similar one among (N, D)."""
-    places = [(some @ among.T).argmax(1) for some in features.split(1024)]
-    return torch.cat(places)
-
-
-def class_means(features, labels, classes):
-    return torch.stack([features[labels == c].mean(0) for c in classes])  # (C, D)
-
-
-def spread(own):
-    """Mean distance of two features of the same class, at most 999 of each; mean over classes."""
-    distances = []
-    for c in own.labels.unique():
-        same = own.features[own.labels == c][:999]
-        if len(same) > 1:
-            distances.append(torch.pdist(same).mean().cpu())
-    return np.mean(distances)
-
-
-def synthesis_quality(made, source, targets) -> dict[str, float]:
-    """What synthesised features are like, averaged over the targets.
-
-    move           mean length |M(f) - f|
-    to real shift  cosine of a class's mean move with the difference of its real target and source
-    spread         mean distance of two of the same class; `real spread` that of real ones
-    distinct       different images among the nearest real target images, as a share of the most
-    right class, right domain, both: of the nearest among all real images, source and targets
-    """
-    found = {}
-    for name, real in targets.items():
-        measures = quality_of_moves(made[name], source, real)
-        measures |= quality_of_neighbours(made[name], name, source, targets)
-        for measure, value in measures.items():
-            found.setdefault(measure, []).append(float(value))
-    return {measure: float(np.mean(values)) for measure, values in found.items()}
-
-
-def quality_of_moves(own, source, real) -> dict:
-    classes = [c for c in own.labels.unique() if c in real.labels and c in source.labels]
-    shift = class_means(real.features, real.labels, classes)
-    shift = shift - class_means(source.features, source.labels, classes)
-    move = own.features - own.start
-    cosines = F.cosine_similarity(class_means(move, own.labels, classes), shift)
-    return {
-        "move": move.norm(dim=1).mean(),
-        "to real shift": cosines.mean(),
-        "spread": spread(own),
-        "real spread": spread(real),
-    }
-
-
-def quality_of_neighbours(own, target: str, source, targets) -> dict:
-    real = targets[target]
-    different = nearest(own.features, real.features).unique()
-    pool = [source, *targets.values()]
-    features = torch.cat([part.features for part in pool])
-    labels = torch.cat([part.labels for part in pool])
-    domains = [torch.full_like(part.labels, i) for i, part in enumerate(pool)]
-    image = nearest(own.features, features)
-    right_class = labels[image] == own.labels
-    right_domain = torch.cat(domains)[image] == 1 + list(targets).index(target)
-    both = right_class & right_domain
-    return {
-        "distinct": len(different) / min(len(own.labels), len(real.labels)),
-        "right class": right_class.double().mean(),
-        "right domain": right_domain.double().mean(),
-        "both": both.double().mean(),
     }
 
 
@@ -479,7 +433,7 @@ ROWS = {
     "zero-shot": {"direction": "none", "finetune": "zero-shot"},
     "plain": {"direction": "none"},  # what --finetune learns from the source alone
     "text": {**NOT_LDFS, "direction": "additive"},
-    "lads": {**NOT_LDFS, "direction": "global", "consistency": 1.0},
+    "lads": {**NOT_LDFS, "direction": "global", "consistency": 1.0, "mapper": "lads"},
     "ldfs": {},
 }
 MODES = list(ROWS)
@@ -488,6 +442,7 @@ LEARNING_RATES = {"probe": (3e-3, 1e-3), "probe-random": (1e-2, 1e-3), "adapter"
 LEARNING_RATES |= {"coop": (3e-3, 2e-3), "tip-adapter": (1e-3, 1e-3)}
 LOSSES = ["plain", "ldfs/direction=global/sigma=0/pairwise=0", "ldfs/sigma=0/pairwise=0"]
 LOSSES += ["ldfs/pairwise=0", "ldfs/sigma=0", "ldfs", "ldfs/reach=0", "ldfs/consistency=1"]
+LOSSES += ["ldfs/consistency=1/temperature=clip", "lads", "lads/temperature=clip"]
 STUDIES = {
     "losses": LOSSES,
     "captions": ["plain", "ldfs/captioner=template", "ldfs"],
@@ -508,7 +463,9 @@ SETTINGS = [
     ("direction", DIRECTIONS, "local", "local", "of captions (published), class (LADS), unlearnt"),
     ("sigma", number, 0.03, 0.1, "noise on each coordinate of a text feature (our choice)"),
     ("pairwise", number, 1.0, 1.0, "weight of the pairwise regularizer (our choice)"),
-    ("consistency", number, 0.0, 0.0, "weight of LADS' class consistency (published)"),
+    ("consistency", number, 0.0, 0.0, "weight of LADS' class consistency (published: 1)"),
+    ("temperature", ("none", "clip"), "none", "none", "of its cosines (none in LADS' code)"),
+    ("mapper", ("residual", "lads"), "residual", "residual", "lads: without residual path"),
     ("reach", number, 1.0, 1.0, "least move, in lengths of its caption's (our choice)"),
     ("hidden", count, 384, 384, "width of the mapper (published for LADS)"),
     ("mapper-epochs", count, 50, 50, "the best on the hold-out counts (as LADS)"),
@@ -519,8 +476,8 @@ SETTINGS = [
     ("epochs", count, 60, 60, "passes over the source images (our choice)"),
     ("lr", common.positive, None, None, "of AdamW, then a cosine (by --finetune: LEARNING_RATES)"),
 ]
-STEP_1 = """captioner caption_file direction sigma pairwise consistency reach hidden mapper_epochs
-mapper_lr weight_decay batch_size""".split()
+STEP_1 = """captioner caption_file direction sigma pairwise consistency temperature mapper reach
+hidden mapper_epochs mapper_lr weight_decay batch_size""".split()
 SOURCE = "labelled domain, or all in turn (officehome: Real World; domainnet, -mini: sketch)"
 SEEN = [
     ("source", str, "photo", "photo", SOURCE),

@@ -19,6 +19,7 @@ from PIL import Image
 import common
 import ldfs
 from assets import tiny_world, words
+from assets.quality import synthesis_quality
 from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_loss, perturb_text
 
 
@@ -161,6 +162,7 @@ def test_noise_on_texts():
 # ---------- Mapper and classifiers ---------------------------------------------------------------
 def row_of(**changes):
     row = {"direction": "local", "sigma": 0.05, "pairwise": 1.0, "consistency": 0.0, "reach": 1.0}
+    row |= {"temperature": "none", "mapper": "residual"}
     row |= {"hidden": 32, "mapper_epochs": 8, "mapper_lr": 1e-3, "weight_decay": 0.005}
     row |= {"batch_size": 16, "finetune": "probe", "epochs": 6, "lr": None, "model": "tiny"}
     return argparse.Namespace(**{**row, **changes})
@@ -202,6 +204,35 @@ def test_first_ten_steps_from_the_identity_lower_the_loss(changes):
     assert all(later < earlier for earlier, later in zip(losses, losses[1:])), losses
 
 
+LADS = {"direction": "global", "pairwise": 0.0, "consistency": 1.0, "reach": 0.0, "mapper": "lads"}
+
+
+@pytest.mark.parametrize("temperature", ["none", "clip"])
+def test_loss_of_lads_is_that_of_its_code(temperature):
+    """Image by image: its class's text direction against the raw mapper output minus the feature;
+    cross-entropy of plain cosines (ours, if asked for: of logits), classes weighted alike."""
+    torch.manual_seed(1)
+    row, mapper, names = row_of(**LADS, temperature=temperature), Mapper(12, 32, False), unit(3, 12)
+    features, _, source, target = batch_of(20)
+    labels = torch.tensor([0] * 12 + [1] * 5 + [2] * 3)
+    batch, weights = (features, labels, source, target), ldfs.balanced(labels, 3)
+    found = ldfs.mapper_loss(row, mapper, batch, names.float(), 10.0, 0, weights).item()
+    directions, entropies, total = [], [], 0
+    raw = mapper.layers(features)
+    assert (raw.norm(dim=1) - 1).abs().min() > 0.1
+    for i in range(20):
+        own = labels == labels[i]
+        text = target[own].mean(0) - source[own].mean(0)
+        directions.append(1 - F.cosine_similarity(raw[i] - features[i], text, dim=0).item())
+        cosines = names.float() @ (raw[i] / raw[i].norm())
+        logits = cosines * (10 if temperature == "clip" else 1)
+        weight = 1 / own.sum().item()  # so that every class counts alike
+        total += weight
+        entropies.append(weight * -logits.log_softmax(0)[labels[i]].item())
+    assert found == pytest.approx(sum(directions) / 20 + sum(entropies) / total, rel=1e-5)
+    assert torch.allclose(mapper(features), F.normalize(raw, dim=1))  # only then
+
+
 def test_best_epoch_of_the_hold_out_is_taken(monkeypatch):
     """Held-out captions move the other way, so what is learnt makes the hold-out worse."""
     row, train, names = row_of(mapper_epochs=6, mapper_lr=3e-3), batch_of(), unit(3, 12).float()
@@ -216,7 +247,7 @@ def test_best_epoch_of_the_hold_out_is_taken(monkeypatch):
 
     monkeypatch.setattr(ldfs, "mapper_loss", spy)
     mapper = ldfs.train_mapper(row, train, holdout, names, 10.0, seed=0)
-    best = own(row, mapper, holdout, names, 10.0, sigma=0).item()
+    best = own(row, mapper, holdout, names, 10.0, 0).item()
     assert len(losses) == 6
     assert losses == sorted(losses)
     assert best == losses[0] < losses[1]
@@ -545,12 +576,12 @@ def test_measures_of_synthesised_features():
     """Two classes on four axes, a target domain at right angles."""
     source, target = toy([0, 0, 1, 1]), toy([2, 2, 3, 3])
     perfect = {"t": toy([2, 2, 3, 3], start=[0, 0, 1, 1])}
-    found = ldfs.synthesis_quality(perfect, source, {"t": target})
+    found = synthesis_quality(perfect, source, {"t": target})
     expected = {"move": 2**0.5, "to real shift": 1, "spread": 0, "real spread": 0, "distinct": 0.5}
     expected |= {"right class": 1, "right domain": 1, "both": 1}
     assert found == pytest.approx(expected, abs=1e-6)
     wrong = {"t": toy([3, 3, 1, 2], start=[0, 0, 1, 1])}
-    found = ldfs.synthesis_quality(wrong, source, {"t": target})
+    found = synthesis_quality(wrong, source, {"t": target})
     expected = {"move": 0.75 * 2**0.5, "spread": 2**0.5 / 2, "real spread": 0}
     expected |= {"to real shift": 0.5}  # class a moves at 60 degrees to its shift, so does b
     expected |= {"right class": 0.25, "right domain": 0.75, "both": 0, "distinct": 0.5}
