@@ -98,9 +98,10 @@ class HeadPurifiedAttention(nn.Module):
         qkv = qkv.view(B, N, 3, self.mha.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask)  # (B, H, N, d)
-        heads = heads * self.gates().to(heads.dtype)[:, None, None]
+        heads = heads * self.gates()[:, None, None]
         tokens = heads.transpose(1, 2).reshape(B, N, D)  # heads side by side
-        return self.mha.out_proj(tokens), None
+        with torch.autocast(z.device.type, enabled=False):  # in bf16 a gate of 1.001 would be 1
+            return self.mha.out_proj(tokens), None
 
     @torch.no_grad()
     def merge(self) -> nn.MultiheadAttention:

@@ -203,6 +203,24 @@ def test_interference_is_the_cosine_of_updates():
         assert found == pytest.approx(np.mean(cosines), rel=1e-5)
 
 
+def test_bf16_sees_what_gates_learn_at_first():
+    """A gate of 1.001 changes the output of a layer in bf16 as much as it does in float32."""
+    layer = small_clip(heads=3, width=12, layers=2).visual.transformer.resblocks[0].attn
+    layer = HeadPurifiedAttention(layer, rank=0)
+    torch.manual_seed(0)
+    z = torch.randn(4, 17, 12)
+    changes = {}
+    for precision in ("fp32", "bf16"):
+        outputs = []
+        for gate in (1.0, 1.001):
+            layer.gates = torch.tensor([gate, 1.0, 1.0]).clone
+            with torch.no_grad(), common.autocast("cpu", precision):
+                outputs.append(layer(z)[0].float())
+        changes[precision] = (outputs[1] - outputs[0]).norm().item()
+    assert changes["fp32"] > 0
+    assert changes["bf16"] == pytest.approx(changes["fp32"], rel=0.1)
+
+
 # ---------- Which loss trains what ---------------------------------------------------------------
 PAIRS = ((0, 1), (0, 2), (1, 2))
 
