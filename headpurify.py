@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from assets.heads import cls_attention, head_importance, head_names, silence
+from assets.heads import cls_attention, drop_curve, greedy_order, head_importance, head_places
 
 
 # ---------- Purified attention: HA-LoRA and DIG --------------------------------------------------
@@ -368,52 +368,56 @@ def gates_on_frozen_clip(clip, class_features, task, row, seed: int):
     return total
 
 
+def source_sample(clip, class_features, task, seed: int) -> tuple:
+    """What `loss_of` wants: up to 128 held-out images of every source, alike for all of them."""
+    batches = common.SourceBatches(task.tests["hold-out"], 128, seed)
+    images, labels, _ = next(batches)
+    return class_features, clip.logit_scale, images.to(clip.device), labels.to(clip.device)
+
+
 def drop_curves(clip, adapted, gates, class_features, task, row, seed: int) -> dict:
     """{order: {"dropped", "hold-out", "target"}}, accuracies without some heads (Figure 1).
 
-    Heads of CLIP go in random order, as --drop says, or least gate first, where gates are learnt on
-    frozen CLIP. Adapt and drop: heads of the tower `adapted`, least of its `gates` first.
+    Heads of CLIP go in random order, as --drop says, by what the sources lose without them (ranked,
+    or greedily up to a quarter), or by gates learnt on frozen CLIP; those of `adapted` by `gates`.
     """
     heads, by_hand = gates.numel(), row.drop or []
-    frozen = gates_on_frozen_clip(clip, class_features, task, row, seed)
     generator = torch.Generator().manual_seed(seed)
     orders = {"random": torch.randperm(heads, generator=generator)}
     if by_hand:
-        names = head_names(clip.visual)
-        orders["by hand"] = torch.tensor([names.index(name) for name in by_hand])
+        orders["by hand"] = head_places(clip.visual, by_hand)
+    sample = source_sample(clip, class_features, task, seed)
+    orders["ranked on sources"] = head_importance(clip.visual, *sample).flatten().argsort()
+    orders["greedy on sources"] = greedy_order(clip.visual, heads // 4, *sample)
+    frozen = gates_on_frozen_clip(clip, class_features, task, row, seed)
     orders["gates on frozen CLIP"] = frozen.flatten().argsort()
     orders["adapt and drop"] = gates.flatten().argsort()
     shares = np.linspace(0, 0.75, 9)
     stops = {len(by_hand), *(round(share * heads) for share in shares)}
+
+    def measure(visual):
+        return validate(visual, class_features, task, row)
+
     curves = {}
     for name, order in orders.items():
-        visual = copy.deepcopy(adapted if name == "adapt and drop" else clip.visual)
-        curve = curves[name] = {"dropped": [], "hold-out": [], "target": []}
-        for dropped in range(len(order) + 1):
-            if dropped in stops:
-                curve["dropped"].append(dropped)
-                for test, accuracy in validate(visual, class_features, task, row).items():
-                    curve[test].append(accuracy)
-            if dropped < len(order):
-                silence(visual, *divmod(order[dropped].item(), gates.shape[1]))
+        visual = adapted if name == "adapt and drop" else clip.visual
+        curves[name] = drop_curve(visual, order, stops, measure)
     return curves
 
 
 def analyse(args, task, run, visual, gates, class_features) -> None:
     """--figures: what heads are worth, and what they attend to, as numbers in analysis.npz."""
-    device, scale = args.clip.device, args.clip.logit_scale
-    batches = common.SourceBatches(task.tests["hold-out"], 128, run.record["seed"])
-    images, labels, _ = next(batches)
-    batch = images.to(device), labels.to(device)
-    importance = head_importance(visual, class_features, scale, *batch)
-    numbers = {"gates": gates, "importance": importance}  # (layers, heads)
+    clip = args.clip
+    sample = source_sample(clip, class_features, task, run.record["seed"])
+    numbers = {"gates": gates}  # (layers, heads), as is the importance
+    numbers["importance"] = head_importance(visual, *sample)
+    numbers["importance CLIP"] = head_importance(clip.visual, *sample)
     (target,) = task.tests["target"].values()
     shown = target.subset(np.linspace(0, len(target) - 1, 8))
-    for i in range(8):
-        numbers[f"image {i}"] = shown.picture(i)
+    numbers |= {f"image {i}": shown.picture(i) for i in range(8)}
     pixels, _ = shown.__getitems__(range(8))
-    for name, tower in {"CLIP": args.clip.visual, "purified": visual}.items():
-        maps = cls_attention(tower, pixels.to(device)).cpu()
+    for name, tower in {"CLIP": clip.visual, "purified": visual}.items():
+        maps = cls_attention(tower, pixels.to(clip.device)).cpu()
         numbers[f"attention {name}"] = maps.unflatten(-1, tower.grid_size)  # (L, 8, H, h, w)
     np.savez(run.folder / "analysis.npz", **numbers)
 
@@ -573,10 +577,7 @@ def main():
     args.clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
     augment = common.training_transform(args.clip, args.dataset)
     blocks(args.clip.visual)  # is this a ViT?
-    names = head_names(args.clip.visual)
-    for name in args.drop or ():
-        if name not in names:
-            raise common.InputError(f"--drop {name}: heads are {names[0]} ... {names[-1]}")
+    head_places(args.clip.visual, args.drop or [])  # are these heads?
     records = []
     for seed in args.seeds:
         if args.dataset.startswith("tiny-") and seed != args.seeds[0]:  # real data have no seed

@@ -6,11 +6,14 @@ A head is named LAYER.HEAD, from 1.1 on. Nothing here trains.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from assets.tiny_world import InputError
 
 
 def head_grid(visual: nn.Module) -> tuple[int, int]:
@@ -19,12 +22,16 @@ def head_grid(visual: nn.Module) -> tuple[int, int]:
     return len(layers), layers[0].attn.num_heads
 
 
-def head_names(visual: nn.Module) -> list[str]:
-    """Of every head, in the order of gates (layers, heads)."""
-    names = []
+def head_places(visual: nn.Module, names: list[str]) -> list[int]:
+    """Places of heads in the order of gates (layers, heads). Raises: InputError for a name that no
+    head has."""
+    known = []
     for layer, head in np.ndindex(head_grid(visual)):
-        names.append(f"{layer + 1}.{head + 1}")
-    return names
+        known.append(f"{layer + 1}.{head + 1}")
+    for name in names:
+        if name not in known:
+            raise InputError(f"--drop {name}: heads are {known[0]} ... {known[-1]}")
+    return [known.index(name) for name in names]
 
 
 @torch.no_grad()
@@ -36,21 +43,59 @@ def silence(visual: nn.Module, layer: int, head: int) -> None:
 
 
 @torch.no_grad()
-def head_importance(visual: nn.Module, class_features, logit_scale: float, images, labels):
-    """By how much the cross-entropy of images (B, 3, h, w) grows without each head:
-    (layers, heads)."""
+def loss_of(visual: nn.Module, class_features, logit_scale: float, images, labels) -> float:
+    """Cross-entropy of images (B, 3, h, w) against class features (C, D)."""
+    features = F.normalize(visual(images), dim=-1)  # (B, D)
+    return F.cross_entropy(logit_scale * (features @ class_features.T), labels).item()
 
-    def loss(tower):
-        features = F.normalize(tower(images), dim=-1)  # (B, D)
-        return F.cross_entropy(logit_scale * (features @ class_features.T), labels).item()
 
+def head_importance(visual: nn.Module, *data) -> torch.Tensor:
+    """By how much the cross-entropy grows without each head: (layers, heads). data: see `loss_of`.
+    Below 0: it is better without."""
     grid = head_grid(visual)
-    importance = torch.full(grid, -loss(visual))
+    importance = torch.full(grid, -loss_of(visual, *data))
     for layer, head in np.ndindex(grid):
         without = copy.deepcopy(visual)
         silence(without, layer, head)
-        importance[layer, head] += loss(without)
+        importance[layer, head] += loss_of(without, *data)
     return importance
+
+
+def greedy_order(visual: nn.Module, count: int, *data) -> torch.Tensor:
+    """The first `count` heads to drop, (count,) places in the order of gates: again and again the
+    one without which the cross-entropy is least. data: see `loss_of`."""
+    visual = copy.deepcopy(visual)
+    left = list(np.ndindex(head_grid(visual)))
+    order = []
+    for _ in range(count):
+        losses = []
+        for layer, head in left:
+            without = copy.deepcopy(visual)
+            silence(without, layer, head)
+            losses.append(loss_of(without, *data))
+        layer, head = left.pop(int(np.argmin(losses)))
+        silence(visual, layer, head)
+        order.append(layer * head_grid(visual)[1] + head)
+    return torch.tensor(order)
+
+
+def drop_curve(visual: nn.Module, order, stops: set[int], measure: Callable) -> dict[str, list]:
+    """Drop heads one by one, from a copy. order: places in the order of gates; stops: numbers of
+    dropped heads at which `measure`, of a tower, gives {test: accuracy}.
+
+    Returns: {"dropped": those numbers, test: the accuracies there}.
+    """
+    visual = copy.deepcopy(visual)
+    curve = {"dropped": []}
+    for dropped in range(len(order) + 1):
+        if dropped in stops:
+            curve["dropped"].append(dropped)
+            for test, accuracy in measure(visual).items():
+                curve.setdefault(test, []).append(accuracy)
+        if dropped < len(order):
+            layer, head = divmod(int(order[dropped]), head_grid(visual)[1])
+            silence(visual, layer, head)
+    return curve
 
 
 @torch.no_grad()

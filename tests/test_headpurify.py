@@ -363,6 +363,31 @@ def test_silenced_heads_and_their_importance():
         assert found[layer, head].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_greedy_order_drops_what_is_best_to_drop_each_time():
+    """Beside a loop that drops every head left in turn, with gates of 0 as the drop."""
+    visual = small_clip(heads=3, width=12, layers=2).visual
+    torch.manual_seed(2)
+    class_features = F.normalize(torch.randn(4, 32), dim=-1)
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 4
+    found = heads.greedy_order(visual, 4, class_features, 10, images, labels).tolist()
+    dropped = []
+    for _ in range(4):
+        losses = {}
+        for place in set(range(6)) - set(dropped):
+            gated = copy.deepcopy(visual)
+            layers = purify(gated, 0, 0)
+            for layer in range(2):
+                gates = torch.ones(3)
+                for other in [*dropped, place]:
+                    if other // 3 == layer:
+                        gates[other % 3] = 0
+                layers[layer].gates = gates.clone
+            logits = 10 * F.normalize(gated(images), dim=-1) @ class_features.T
+            losses[place] = F.cross_entropy(logits, labels).item()
+        dropped.append(min(losses, key=losses.get))
+    assert found == dropped
+
+
 def test_cls_attention_is_softmax_of_query_and_key():
     visual, images = small_clip(heads=3, width=12, layers=2).visual, torch.randn(2, 3, 32, 32)
     seen = []
@@ -415,12 +440,13 @@ class Killed(BaseException):
 @pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bytes(call_main, small_world, tmp_path, monkeypatch):
     """Killed after its second row and again inside the last: every file is that of a whole run."""
-    importance = headpurify.head_importance
+    sample = headpurify.source_sample
 
-    def of_few_images(visual, class_features, scale, images, labels):
-        return importance(visual, class_features, scale, images[::32], labels[::32])
+    def of_few_images(*arguments):
+        class_features, scale, images, labels = sample(*arguments)
+        return class_features, scale, images[::32], labels[::32]
 
-    monkeypatch.setattr(headpurify, "head_importance", of_few_images)
+    monkeypatch.setattr(headpurify, "source_sample", of_few_images)
     arguments = "--modes zero-shot lora ha-lora+dig --epochs 1 --batch-size 28 --figures --output"
     call_main(headpurify.main, f"{arguments} whole")
     train, add, save = headpurify.train, common.Run.add, np.savez
@@ -491,7 +517,17 @@ def test_drop_heads(call_main, small_world, tmp_path):
     out = call_main(headpurify.main, "--study drop-heads --epochs 1 --batch-size 40 --drop 6.2 1.1")
     record = record_of(tmp_path)
     drop = record["extra"]["drop"]
-    assert set(drop) == {"random", "by hand", "gates on frozen CLIP", "adapt and drop"}
+    assert list(drop) == [
+        "random",
+        "by hand",
+        "ranked on sources",
+        "greedy on sources",
+        "gates on frozen CLIP",
+        "adapt and drop",
+    ]
+    assert drop["greedy on sources"]["dropped"] == [0, 2, 3, 7]
+    # both begin with the head whose loss the sources miss least
+    assert drop["ranked on sources"]["hold-out"][0] == drop["greedy on sources"]["hold-out"][0]
     assert drop["by hand"]["dropped"] == [0, 2]
     assert drop["random"]["dropped"] == [0, 2, 3, 7, 10, 14, 17, 20, 24, 27]
     for test in ("hold-out", "target"):
