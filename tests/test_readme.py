@@ -184,12 +184,21 @@ def test_links_lead_somewhere():
         ("clipood-components-tiny-office-open-class.json", "mms+wise-ft", "mms+bma", "H", 0),
         ("ldfs-tiny-pacs.json", "ldfs", "plain", "target", 1),
         ("ldfs-tiny-pacs.json", "ldfs", "plain", "source", 0),
-        ("ldfs-tiny-pacs.json", "lads", "ldfs", "target", 1),
+        ("ldfs-tiny-pacs.json", "ldfs", "lads", "target", 1),
+        ("ldfs-losses-tiny-pacs.json", "lads/temperature=clip", "lads", "target", 1),
         ("ldfs-tiny-waterbirds.json", "ldfs", "lads", "target", 1),
         ("ldfs-tiny-waterbirds.json", "zero-shot", "ldfs", "target", 1),
         ("ldfs-losses-tiny-waterbirds.json", "ldfs", "ldfs/consistency=1", "target", 1),
         ("vit_diverse-tiny-mnist-cifar.json", "erm+sel", "erm", "ood", 1),
         ("vit_diverse-tiny-mnist-cifar.json", "div+sel", "erm+sel", "ood", 0),
+        ("vit_diverse-lambda-tiny-mnist-cifar.json", "div/lambda=100000", "div/lambda=0", "ood", 1),
+        (
+            "vit_diverse-lambda-token-tiny-mnist-cifar.json",
+            "div/lambda=1",
+            "div/lambda=0",
+            "ood",
+            1,
+        ),
     ],
 )
 def test_words_around_the_numbers(file, row, other, measure, sign):
