@@ -146,31 +146,6 @@ class BetaMovingAverage(nn.Module):
 
 
 # ---------- Training (Algorithm 1) ---------------------------------------------------------------
-def stored_in_half(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that the authors' code keeps in float16 between two steps: those of OpenAI's
-    `convert_weights`, all but norms and embeddings."""
-    stored = copy.deepcopy(model)
-    open_clip.model.convert_weights_to_lp(stored)
-    pairs = zip(model.parameters(), stored.parameters())
-    return [own for own, low in pairs if low.dtype == torch.float16]
-
-
-@torch.no_grad()
-def round_to_half(weights: list[nn.Parameter]) -> None:
-    """Round to float16: what changes a weight by less than about 1/4000 of it is lost."""
-    for weight in weights:
-        weight.copy_(weight.half())
-
-
-def share_moved(model: nn.Module, start: nn.Module) -> float:
-    """The share of weights that are not what they were, in [0, 1]."""
-    moved, total = 0, 0
-    for now, before in zip(model.parameters(), start.parameters()):
-        moved += (now != before).sum().item()
-        total += before.numel()
-    return moved / total
-
-
 IS_CLIP = ("zero-shot", "ms", "mms")  # what is learnt is an image tower
 PROMPTS = {"coop": common.CoOp, "cocoop": common.CoCoOp}  # what is learnt is words
 
@@ -272,6 +247,22 @@ def loss_of(model, images, labels, row, clip, class_features) -> torch.Tensor:
     return margin_metric_softmax(features, class_features, labels, clip.logit_scale, row.margin)
 
 
+def stored_in_half(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that the authors' code keeps in float16 between two steps: those of OpenAI's
+    `convert_weights`, all but norms and embeddings."""
+    stored = copy.deepcopy(model)
+    open_clip.model.convert_weights_to_lp(stored)
+    pairs = zip(model.parameters(), stored.parameters())
+    return [own for own, low in pairs if low.dtype == torch.float16]
+
+
+@torch.no_grad()
+def round_to_half(weights: list[nn.Parameter]) -> None:
+    """Round to float16: what changes a weight by less than about 1/4000 of it is lost."""
+    for weight in weights:
+        weight.copy_(weight.half())
+
+
 def first(named: dict):
     """All rows of a training have its loss; all sets of a test, and all sources, its classes."""
     return next(iter(named.values()))
@@ -323,6 +314,15 @@ def test(clip, model, row, task: common.Task) -> dict[str, float]:
     if shifts:
         measures["average OOD"] = sum(shifts) / len(shifts)
     return measures
+
+
+def share_moved(model: nn.Module, start: nn.Module) -> float:
+    """The share of weights that are not what they were, in [0, 1]."""
+    moved, total = 0, 0
+    for now, before in zip(model.parameters(), start.parameters()):
+        moved += (now != before).sum().item()
+        total += before.numel()
+    return moved / total
 
 
 def harmonic_mean(base: float, new: float) -> float:
