@@ -46,7 +46,7 @@ class TipAdapter(nn.Module):
     def __init__(self, T, scale: float, features, labels):
         super().__init__()
         C = len(T)
-        self.K = nn.Parameter(features)
+        self.K = nn.Parameter(features.clone())  # the features themselves stay
         self.Y = 16 * C / len(labels) * F.one_hot(labels, C).to(T)
         self.T, self.scale = T, scale
 

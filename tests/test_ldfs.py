@@ -313,6 +313,19 @@ def test_tip_adapter_is_that_of_the_paper():
             assert logits[i, c].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_what_learns_does_not_change_what_it_learns_from():
+    """Tip-Adapter's keys start as the training features, and are none of them."""
+    features, labels, *_ = batch_of(12)
+    names, before = unit(3, 12, seed=7).float(), features.clone()
+    for method in ("probe", "adapter", "tip-adapter"):
+        model = classifier(method, names, features, labels)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1
+        assert torch.equal(features, before)
+        assert torch.equal(names, unit(3, 12, seed=7).float())
+
+
 @pytest.mark.parametrize("method", ["probe", "probe-random", "adapter", "tip-adapter"])
 def test_fine_tuning_learns_and_repeats(method):
     features, labels, *_ = batch_of(90)
