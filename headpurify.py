@@ -368,9 +368,9 @@ def gates_on_frozen_clip(clip, class_features, task, row, seed: int):
     return total
 
 
-def source_sample(clip, class_features, task, seed: int) -> tuple:
-    """What `loss_of` wants: up to 128 held-out images of every source, alike for all of them."""
-    batches = common.SourceBatches(task.tests["hold-out"], 128, seed)
+def source_sample(clip, class_features, task, seed: int, per_source: int) -> tuple:
+    """What `loss_of` wants: held-out images, as many of every source."""
+    batches = common.SourceBatches(task.tests["hold-out"], per_source, seed)
     images, labels, _ = next(batches)
     return class_features, clip.logit_scale, images.to(clip.device), labels.to(clip.device)
 
@@ -386,7 +386,7 @@ def drop_curves(clip, adapted, gates, class_features, task, row, seed: int) -> d
     orders = {"random": torch.randperm(heads, generator=generator)}
     if by_hand:
         orders["by hand"] = head_places(clip.visual, by_hand)
-    sample = source_sample(clip, class_features, task, seed)
+    sample = source_sample(clip, class_features, task, seed, 64)
     orders["ranked on sources"] = head_importance(clip.visual, *sample).flatten().argsort()
     orders["greedy on sources"] = greedy_order(clip.visual, heads // 4, *sample)
     frozen = gates_on_frozen_clip(clip, class_features, task, row, seed)
@@ -408,7 +408,7 @@ def drop_curves(clip, adapted, gates, class_features, task, row, seed: int) -> d
 def analyse(args, task, run, visual, gates, class_features) -> None:
     """--figures: what heads are worth, and what they attend to, as numbers in analysis.npz."""
     clip = args.clip
-    sample = source_sample(clip, class_features, task, run.record["seed"])
+    sample = source_sample(clip, class_features, task, run.record["seed"], 128)
     numbers = {"gates": gates}  # (layers, heads), as is the importance
     numbers["importance"] = head_importance(visual, *sample)
     numbers["importance CLIP"] = head_importance(clip.visual, *sample)
