@@ -58,9 +58,9 @@ def input_gradient_loss(logits, per_head_inputs, normalize: str = "token", reduc
 
     Args:
         logits, per_head_inputs: (B, C) and (H, B, N, D), see `input_gradients`.
-        normalize: "token", each G_{i,n} is scaled to length 1, so that c is a cosine (published
-            code); or "none".
-        reduce: "mean", divide by H^2 (published code; lambda = 100 assumes it); or "sum".
+        normalize: "token", each G_{i,n} is scaled to length 1, so that c is a cosine (authors'
+            code); or "none" (poster).
+        reduce: "mean", divide by H^2 (authors' code; lambda = 100 assumes it); or "sum" (poster).
     Returns: a differentiable scalar >= 0; 0 if heads have orthogonal gradients at every token.
     Raises: ValueError for another `normalize` or `reduce`.
     """
@@ -514,8 +514,8 @@ DEFAULTS = {
 count = common.at_least(1)
 SETTINGS = [
     ("lambda", common.at_least(0, float), None, None, "weight of L_IG in DIV"),
-    ("normalize", ("token", "none"), None, None, "token: unit gradients at every token"),
-    ("reduce", ("mean", "sum"), "mean", "mean", "pairs of heads: sum / H^2 (published) or sum"),
+    ("normalize", ("token", "none"), None, None, "token: cosines (authors' code); none: poster"),
+    ("reduce", ("mean", "sum"), "mean", "mean", "over pairs: sum / H^2 (authors' code) or sum"),
     ("select-by", ("accuracy", "worst-group"), "accuracy", "accuracy", "of OOD validation images"),
     ("batch-size", count, None, None, "images in a step"),
     ("epochs", count, None, None, "passes over the training images"),
