@@ -233,7 +233,7 @@ def test_average_is_one_copy_changed_in_place():
 # ---------- Rows ---------------------------------------------------------------------------------
 def settings(arguments=""):
     more = clipood.OF_ALL_ROWS
-    names = ["tiny-pacs", *clipood.WITH_PARTS]
+    names = common.dataset_names("domains") + clipood.WITH_PARTS
     args = common.flags(clipood.METHOD, "", clipood.MODES, names, more, arguments.split())
     return common.settle(args, clipood.preset(args))
 
