@@ -437,16 +437,18 @@ class Killed(BaseException):
     """As from a signal."""
 
 
-@pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_bytes(call_main, small_world, tmp_path, monkeypatch):
-    """Killed after its second row and again inside the last: every file is that of a whole run."""
+@pytest.fixture
+def small_samples(monkeypatch):
+    """What heads are worth is looked up on a few images."""
     sample = headpurify.source_sample
+    monkeypatch.setattr(headpurify, "source_sample", lambda *rest: sample(*rest[:-1], 4))
 
-    def of_few_images(*arguments):
-        class_features, scale, images, labels = sample(*arguments)
-        return class_features, scale, images[::32], labels[::32]
 
-    monkeypatch.setattr(headpurify, "source_sample", of_few_images)
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_bytes(
+    call_main, small_world, small_samples, tmp_path, monkeypatch
+):
+    """Killed after its second row and again inside the last: every file is that of a whole run."""
     arguments = "--modes zero-shot lora ha-lora+dig --epochs 1 --batch-size 28 --figures --output"
     call_main(headpurify.main, f"{arguments} whole")
     train, add, save = headpurify.train, common.Run.add, np.savez
@@ -512,7 +514,7 @@ def test_study_writes_tables_and_figures(call_main, small_world, tmp_path):
     assert "other settings" in error and "alpha" in error
 
 
-def test_drop_heads(call_main, small_world, tmp_path):
+def test_drop_heads(call_main, small_world, small_samples, tmp_path):
     """Every order starts at the undisturbed model, and stops also where the hand stopped."""
     out = call_main(headpurify.main, "--study drop-heads --epochs 1 --batch-size 40 --drop 6.2 1.1")
     record = record_of(tmp_path)
