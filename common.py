@@ -75,7 +75,7 @@ from assets.settings import TARGET as TARGET
 from assets.settings import TEMPLATES as TEMPLATES
 from assets.settings import Method as Method
 from assets.settings import at_least as at_least
-from assets.settings import did_you_mean
+from assets.settings import did_you_mean as did_you_mean
 from assets.settings import flags as flags
 from assets.settings import positive as positive
 from assets.settings import settle as settle

@@ -543,6 +543,10 @@ def settings():
     defaults = {dataset: dict(zip(VARYING, values)) for dataset, values in DEFAULTS.items()}
     doc = f"{__doc__}\n{common.value_table('defaults', defaults)}"
     args = common.flags(METHOD, doc, list(ROWS), list(DEFAULTS), OF_ALL_ROWS)
+    if args.dataset not in DEFAULTS:
+        hint = common.did_you_mean(args.dataset, DEFAULTS)
+        choice = f"Choose from {', '.join(DEFAULTS)}."
+        raise common.InputError(f"unknown data set {args.dataset!r}{hint} {choice}")
     preset = {**defaults[args.dataset], "cue": 0.95}
     model = args.model or preset["model"]
     refuse_idle_settings(args, model)

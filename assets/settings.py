@@ -145,10 +145,6 @@ def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=
     add_settings(parser.add_argument_group("method and training"), method.settings)
     add_settings(parser.add_argument_group("model, device, output"), COMMON_SETTINGS)
     args = parser.parse_args(argv)
-    if "pacs" not in datasets and args.dataset not in datasets:  # no folder:PATH either
-        hint = did_you_mean(args.dataset, datasets)
-        choice = f"Choose from {', '.join(datasets)}."
-        raise InputError(f"unknown data set {args.dataset!r}{hint} {choice}")
     if args.study and args.modes:
         raise InputError("--study and --modes both say what to compare: give one of them")
     args.modes = method.studies[args.study] if args.study else args.modes or modes
