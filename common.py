@@ -110,6 +110,7 @@ class ImageSet(Dataset):
     classes: tuple[str, ...]
     groups: torch.Tensor | None = None  # (N,) int64, for worst-group accuracy
     transform: Callable | None = None
+    attributes: dict = field(default_factory=dict)  # of drawn images: {"background": (N,) int64}
 
     def __len__(self):
         return len(self.labels)
@@ -132,10 +133,11 @@ class ImageSet(Dataset):
 
     def subset(self, indices) -> ImageSet:
         indices = np.asarray(indices, dtype=np.int64)
-        groups = None if self.groups is None else self.groups[indices]
-        return replace(
-            self, images=self.images[indices], labels=self.labels[indices], groups=groups
-        )
+        own = {"images": self.images[indices], "labels": self.labels[indices]}
+        if self.groups is not None:
+            own["groups"] = self.groups[indices]
+        own["attributes"] = {name: values[indices] for name, values in self.attributes.items()}
+        return replace(self, **own)
 
     def labelled(self, chosen: range) -> ImageSet:
         """The images of a range of classes. All class names stay."""
@@ -272,8 +274,8 @@ def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
     """Draw one domain of a tiny benchmark: its cued training part and its balanced part."""
     classes, *sizes = TINY_BENCHMARKS[name]
     parts = []
-    for pixels, labels, groups in draw_domain(name, classes, domain, seed, cue, sizes):
-        parts.append(ImageSet(pixels, labels, classes, groups))
+    for pixels, labels, groups, drawn in draw_domain(name, classes, domain, seed, cue, sizes):
+        parts.append(ImageSet(pixels, labels, classes, groups, attributes=drawn))
     return Domain(domain, *parts)
 
 

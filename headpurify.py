@@ -32,6 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+from assets.head_study import report_heads, what_heads_carry, without_each
 from assets.heads import cls_attention, drop_curve, greedy_order, head_importance, head_places
 
 
@@ -405,6 +406,25 @@ def drop_curves(clip, adapted, gates, class_features, task, row, seed: int) -> d
     return curves
 
 
+def study_heads(clip, class_features, task, row, gates, seed: int) -> dict:
+    """What every head of CLIP carries, {measure: (layers, heads)}; see assets/head_study.py."""
+    sources = task.tests.get("source", task.tests["hold-out"])
+    domains = {**sources, **task.tests["target"]}
+
+    def outputs(function, images):
+        return common.outputs(function, images, row.device, workers=row.workers)
+
+    def distance(features, domain):
+        return mmd_loss([features], domain, row.bandwidths).item()
+
+    def measure(visual):
+        return validate(visual, class_features, task, row)
+
+    found = what_heads_carry(clip.visual, domains, seed, outputs, distance)
+    found |= without_each(clip.visual, found.pop("mean"), measure)
+    return {**found, "gate": gates.tolist()}
+
+
 def analyse(args, task, run, visual, gates, class_features) -> None:
     """--figures: what heads are worth, and what they attend to, as numbers in analysis.npz."""
     clip = args.clip
@@ -448,6 +468,7 @@ STUDIES = {
     ],
     "prompts": [f"{row}/prompt={kind}" for kind in PROMPTS for row in ("zero-shot", OURS)],
     "drop-heads": ["zero-shot", "ha-lora+dig"],  # and the accuracy without some heads
+    "heads": ["zero-shot", "ha-lora+dig"],  # and what each head carries
 }
 
 # ---------- Settings -----------------------------------------------------------------------------
@@ -529,6 +550,11 @@ def look_at_heads(args, task, run, visual, gates, class_features) -> None:
     name, seed = args.modes[-1], run.record["seed"]
     path = run.folder / "gates.png"
     common.plot_heat(gates, f"gates of {name}", "head", "layer", path, center=1)
+    spread = f"{gates.min():.2f} to {gates.max():.2f}, standard deviation {gates.std():.2f}"
+    print(f"{name}: gates from {spread}")
+    if args.study == "heads":
+        row = args.rows[name]
+        run.extra["heads"] = study_heads(args.clip, class_features, task, row, gates, seed)
     if args.study == "drop-heads":
         row = args.rows[name]
         curves = drop_curves(args.clip, visual, gates, class_features, task, row, seed)
@@ -567,6 +593,8 @@ def report_study(args, records: list[dict]) -> None:
             panels[test] = [{**record, "rows": by_dropped(record, test)} for record in records]
             print("\n" + common.table(f"{test}, %, heads dropped:", panels[test]))
         common.plot_curves(panels, "dropped heads", "accuracy", f"{path}-curves.png")
+    if args.study == "heads":
+        report_heads(records, path)
     print(f"More pictures are in {path}-*.png")
 
 

@@ -99,12 +99,12 @@ def drop_curve(visual: nn.Module, order, stops: set[int], measure: Callable) -> 
 
 
 @torch.no_grad()
-def cls_attention(visual: nn.Module, images) -> torch.Tensor:
-    """What the CLS token attends to beside itself: (layers, B, heads, patches)."""
+def attention_inputs(visual: nn.Module, images) -> list[tuple]:
+    """Every attention layer with the tokens (B, N, D) it is given."""
     read = []
 
     def keep(attention, arguments):
-        read.append((attention, arguments[0]))  # (B, N, D)
+        read.append((attention, arguments[0]))
 
     hooks = []
     for block in visual.transformer.resblocks:
@@ -112,8 +112,14 @@ def cls_attention(visual: nn.Module, images) -> torch.Tensor:
     visual(images)
     for hook in hooks:
         hook.remove()
+    return read
+
+
+@torch.no_grad()
+def cls_attention(visual: nn.Module, images) -> torch.Tensor:
+    """What the CLS token attends to beside itself: (layers, B, heads, patches)."""
     maps = []
-    for attention, z in read:
+    for attention, z in attention_inputs(visual, images):
         _, weights = attention(z, z, z, average_attn_weights=False)  # (B, H, N, N)
         maps.append(weights[:, :, 0, 1:])
     return torch.stack(maps)

@@ -98,10 +98,38 @@ def plot_heat(
     center: the value that is white, red above and blue below it. names: (of columns, of rows) in
     place of numbers from 1.
     """
-    values = np.asarray(values)
-    rows, columns = values.shape
+    rows, columns = np.shape(values)
     figure, grid = make_panels(1, 1, 2.2 + 0.5 * columns, 1.6 + 0.42 * rows)
     axes = grid[0, 0]
+    draw_heat(figure, axes, np.asarray(values), center, names)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    save_figure(figure, path)
+
+
+def plot_heats(tables: dict, x_label: str, y_label: str, path, centers: dict, across=4) -> None:
+    """A heat map for each title of {title: (rows, columns)}, `across` of them side by side.
+
+    centers: {title: the value that is white}, where there is one.
+    """
+    rows, columns = np.shape(next(iter(tables.values())))
+    down = -(-len(tables) // across)
+    width, height = 1.5 + 0.4 * min(columns, 16), 1.2 + 0.28 * rows
+    figure, grid = make_panels(down, across, width * across, height * down)
+    for axes in grid.flat[len(tables) :]:
+        axes.remove()
+    for axes, (title, values) in zip(grid.flat, tables.items()):
+        draw_heat(figure, axes, np.asarray(values), centers.get(title))
+        axes.set_title(title)
+    for axes in grid[-1]:
+        axes.set_xlabel(x_label)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(y_label)
+    save_figure(figure, path)
+
+
+def draw_heat(figure, axes, values, center=None, names=None) -> None:
+    """One heat map with its colour bar; see `plot_heat`."""
+    rows, columns = values.shape
     scale = {}
     if center is not None:
         reach = max(0.05, np.abs(values - center).max())
@@ -114,9 +142,7 @@ def plot_heat(
     rotation = 90 if longest > 3 else 0
     axes.set_xticks(range(columns), column_names, rotation=rotation)
     axes.set_yticks(range(rows), row_names)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
     figure.colorbar(image)
-    save_figure(figure, path)
 
 
 def write_cells(axes, image, values) -> None:

@@ -555,6 +555,7 @@ class WordTokenizer:
 
 # ---------- The tiny sets ------------------------------------------------------------------------
 # A part is (pixels (N, 3, h, w) uint8, labels (N,), groups (N,)), from a random stream of its own.
+# A domain's parts also say how their images were drawn: {attribute: (N,) numbers}.
 
 
 def check_cue(cue):
@@ -571,9 +572,10 @@ def draw_domain(name, classes, domain, seed, cue, sizes):
     and a balanced part, where backgrounds are independent.
 
     sizes: images per class in either part. Group 1 is where the background is the class's own.
+    Attributes are "background" and "color", places in `BACKGROUNDS` and `COLORS`.
     """
     check_cue(cue)
-    kinds = list(BACKGROUNDS)
+    kinds, color_names = list(BACKGROUNDS), list(COLORS)
     own_kind = np.arange(len(classes)) % len(kinds)  # the background that goes with each class
     for part, size in zip(("training", "balanced"), sizes):
         rng = tiny_rng(seed, name, domain, part)
@@ -588,9 +590,12 @@ def draw_domain(name, classes, domain, seed, cue, sizes):
             grounds = np.arange(n) % len(kinds)
         names = [classes[label] for label in labels]
         backgrounds = [kinds[ground] for ground in grounds]
-        pixels = draw(names, domain, backgrounds, random_colors(rng, n), rng)
+        colors = random_colors(rng, n)
+        pixels = draw(names, domain, backgrounds, colors, rng)
         groups = (own == grounds).astype(np.int64)
-        yield as_part(pixels, labels, groups)
+        painted = [color_names.index(color) for color in colors]
+        attributes = {"background": torch.from_numpy(grounds), "color": torch.tensor(painted)}
+        yield *as_part(pixels, labels, groups), attributes
 
 
 def draw_waterbirds(seed, cue, sizes=(2000, 400, 800)):

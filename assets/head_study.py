@@ -1,0 +1,175 @@
+"""What each head of an image tower carries: `python headpurify.py --study heads`.
+
+The paper's Figure 1 says that some heads of CLIP carry the domain, and that without them it
+generalises better. Here every head is asked, in numbers (layers, heads):
+
+probe X         how often a linear probe of the head's output at the CLS token is right about X on
+                images it was not fitted to: the class, the domain, what a drawn image is made of
+MMD             how far the source domains are apart in what the head adds to the CLS token
+without it, T   what the accuracy in test T gains if the head says the same whatever it sees
+gate            what training made of it
+
+and then how these go together over the heads, by rank correlation. Nothing here trains a tower.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from assets.heads import attention_inputs, head_grid, silence
+from assets.pictures import plot_heat, plot_heats
+from assets.report import format_table
+
+MOST = 400  # images of a domain that probes and MMD look at
+CENTERS = {"without it, hold-out": 0, "without it, target": 0, "gate": 1}  # white in pictures
+
+
+# ---------- One head -----------------------------------------------------------------------------
+@torch.no_grad()
+def head_outputs(visual: nn.Module, images) -> torch.Tensor:
+    """Outputs of all heads of a plain tower for images (B, 3, h, w), before W_o: at the CLS token,
+    and averaged over all tokens. (B, layers, heads, 2, d)."""
+    outputs = []
+    for attention, z in attention_inputs(visual, images):
+        _, weights = attention(z, z, z, average_attn_weights=False)  # (B, H, N, N)
+        *_, W_v = attention.in_proj_weight.chunk(3)  # (D, D)
+        *_, b_v = attention.in_proj_bias.chunk(3)
+        v = F.linear(z, W_v, b_v).unflatten(-1, (attention.num_heads, -1))  # (B, N, H, d)
+        tokens = weights @ v.transpose(1, 2)  # (B, H, N, d)
+        outputs.append(torch.stack([tokens[:, :, 0], tokens.mean(2)], 2))
+    return torch.stack(outputs, 1)
+
+
+def contribution(visual: nn.Module, layer: int, head: int, output) -> torch.Tensor:
+    """What a head adds to a token, output (..., d) times its rows of W_o: (..., D)."""
+    attention = visual.transformer.resblocks[layer].attn
+    by_head = attention.out_proj.weight.detach().unflatten(1, (attention.num_heads, -1))
+    return output @ by_head[:, head].T
+
+
+@torch.no_grad()
+def mean_ablated(visual: nn.Module, layer: int, head: int, mean) -> nn.Module:
+    """A copy of a tower in which a head says `mean`, (d,), whatever it sees."""
+    without = copy.deepcopy(visual)
+    attention = without.transformer.resblocks[layer].attn
+    attention.out_proj.bias += contribution(visual, layer, head, mean)
+    silence(without, layer, head)
+    return without
+
+
+def probe_accuracy(x, y, fitted, ridge: float = 1e-3) -> float:
+    """How often a linear probe is right about y (N,) from x (N, d), on rows where `fitted` (N,) is
+    False. It is fitted to the others: least squares towards one-hot labels, with a little ridge."""
+    x, labels = x.double(), F.one_hot(y).double()  # (N, d), (N, C)
+    x = (x - x[fitted].mean(0)) / x[fitted].std(0).clamp(min=1e-6)
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # (N, d + 1)
+    own = x[fitted]
+    penalty = ridge * len(own) * torch.eye(own.shape[1], dtype=own.dtype)
+    W = torch.linalg.solve(own.T @ own + penalty, own.T @ labels[fitted])  # (d + 1, C)
+    right = (x @ W).argmax(1) == y
+    return right[~fitted].double().mean().item()
+
+
+# ---------- All heads ----------------------------------------------------------------------------
+def what_heads_carry(
+    visual: nn.Module, domains: dict, seed: int, outputs: Callable, distance: Callable
+) -> dict[str, list]:
+    """Probes and MMD of all heads, {measure: (layers, heads)}, and their "mean" outputs.
+
+    Args: domains, image sets by name, the target last; outputs(function, images): what a function
+    of batches says of an image set; distance(features (N, D), domain (N,)): MMD^2 of domains.
+    """
+    count = min(MOST, *map(len, domains.values()))
+    x, labels = [], {}
+    for number, images in enumerate(domains.values()):
+        own = images.subset(np.linspace(0, len(images) - 1, count))
+        x.append(outputs(lambda batch: head_outputs(visual, batch), own))
+        asked = {"class": own.labels, "domain": torch.full((count,), number), **own.attributes}
+        for what, values in asked.items():
+            labels.setdefault(what, []).append(values)
+    x = torch.cat(x)  # (N, L, H, 2, d)
+    labels = {what: torch.cat(values) for what, values in labels.items()}  # each (N,)
+    sources = labels["domain"] < len(domains) - 1
+    generator = torch.Generator().manual_seed(seed)
+    fitted = torch.rand(len(x), generator=generator) < 0.5
+
+    grid = head_grid(visual)
+    found = {f"probe {what}": np.zeros(grid) for what in labels}
+    found["MMD"] = np.zeros(grid)
+    for layer, head in np.ndindex(grid):
+        at_cls = x[:, layer, head, 0]  # (N, d)
+        for what, y in labels.items():
+            found[f"probe {what}"][layer, head] = probe_accuracy(at_cls, y, fitted)
+        added = contribution(visual, layer, head, at_cls[sources].to(visual.proj.device))
+        squared = distance(added.cpu(), labels["domain"][sources])
+        found["MMD"][layer, head] = max(0, squared) ** 0.5
+    found = {measure: values.tolist() for measure, values in found.items()}
+    found["mean"] = x[sources, :, :, 1].mean(0)  # (L, H, d)
+    return found
+
+
+def without_each(visual: nn.Module, mean, measure: Callable) -> dict[str, list]:
+    """What accuracies gain without each head, {"without it, TEST": (layers, heads)}. mean: (layers,
+    heads, d), what it says instead; measure(visual): {test: accuracy}."""
+    with_all = measure(visual)
+    found = {f"without it, {test}": np.zeros(head_grid(visual)) for test in with_all}
+    for layer, head in np.ndindex(head_grid(visual)):
+        own_mean = mean[layer, head].to(visual.proj.device)
+        accuracies = measure(mean_ablated(visual, layer, head, own_mean))
+        for test, accuracy in accuracies.items():
+            found[f"without it, {test}"][layer, head] = accuracy - with_all[test]
+    return {name: values.tolist() for name, values in found.items()}
+
+
+# ---------- How measures go together -------------------------------------------------------------
+def ranks(values) -> np.ndarray:
+    """Places in order of size, from 1; equal values share the mean of theirs."""
+    _, group, sizes = np.unique(np.ravel(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(sizes)
+    return (last - (sizes - 1) / 2)[group]
+
+
+def rank_correlation(a, b) -> float:
+    """Spearman's, between -1 and 1; 0 where all values of one are equal."""
+    a, b = ranks(a), ranks(b)
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / scale) if scale else 0.0
+
+
+def correlations(record: dict) -> dict[str, dict]:
+    """A view of a record: the rank correlation over heads of each measure with each."""
+    heads = record["extra"]["heads"]
+    rows = {}
+    for one in heads:
+        rows[one] = {other: rank_correlation(heads[one], heads[other]) for other in heads}
+    return rows
+
+
+def mean_correlations(records: list[dict]) -> dict[str, dict]:
+    views = [correlations(record) for record in records]
+    rows = {}
+    for one, row in views[0].items():
+        rows[one] = {other: np.mean([view[one][other] for view in views]) for other in row}
+    return rows
+
+
+def report_heads(records: list[dict], path: str) -> None:
+    """Print rank correlations, averaged over runs, and draw them and all measures."""
+    rows = mean_correlations(records)
+    cells = {one: [f"{value:+.2f}" for value in row.values()] for one, row in rows.items()}
+    print("\n" + format_table("rank correlation over heads", list(rows), cells))
+    tables = {}
+    for measure in rows:
+        tables[measure] = np.mean([record["extra"]["heads"][measure] for record in records], 0)
+    plot_heats(tables, "head", "layer", f"{path}-carry.png", CENTERS)
+    values = [list(row.values()) for row in rows.values()]
+    names = (list(rows), list(rows))
+    title = "rank correlation over heads"
+    plot_heat(values, title, "", "", f"{path}-correlation.png", center=0, names=names)
