@@ -836,3 +836,10 @@ def evaluate(classify: Callable, tests: dict, device="cpu", workers=0, batch_siz
             for domain, own in hits.items():
                 measures[f"{test}/{domain}"] = own.mean().item()
     return measures
+
+
+def published() -> list[dict]:
+    """Tables of the papers as they print them, with the command of ours that makes each: {"paper",
+    "table", "script", "command", "sets", "columns", "rows": {name: {"ours": row, "accuracy": [%,
+    ...]}}, "deviations"}. results/ledger.md shows them beside our numbers."""
+    return json.loads((TINY_CLIP.parent / "published.json").read_text())

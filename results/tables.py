@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import headpurify
 import vit_diverse
+from assets import head_study
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ("README.md", "results/README.md")
@@ -54,6 +55,11 @@ def interference(record: dict) -> dict:
 def drop(record: dict) -> dict:
     """headpurify: accuracy on the target against the number of heads that are left out."""
     return headpurify.by_dropped(record, "target")
+
+
+def carry(record: dict) -> dict:
+    """headpurify: rank correlation over heads of what they carry, in hundredths."""
+    return head_study.correlations(record)
 
 
 def heads(record: dict) -> dict:
@@ -86,7 +92,7 @@ def budget(record: dict) -> dict:
     return rows
 
 
-VIEWS = {view.__name__: view for view in (synthesised, interference, drop, heads, budget)}
+VIEWS = {view.__name__: view for view in (synthesised, interference, drop, carry, heads, budget)}
 
 
 # ---------- Markers ------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Helpers of several test files: commands as a user runs them, trees in real layouts."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,6 +63,34 @@ def call_main(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     return call
+
+
+class Settled(Exception):
+    """Stops a script's `main` where its settings are complete."""
+
+
+@pytest.fixture
+def settings_of(monkeypatch):
+    """The settings that a command runs with, without running it."""
+    import common
+    from assets.command import command_lines
+
+    settle = common.settle
+
+    def stop(args, preset=None):
+        raise Settled(settle(args, preset))
+
+    def read(command):
+        script, *arguments = shlex.split(command)[1:]
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(common, "settle", stop)
+        for own in command_lines(arguments).values():  # one for each data set
+            monkeypatch.setattr(sys, "argv", [script, *own])
+            with pytest.raises(Settled) as stopped:
+                importlib.import_module(script.removesuffix(".py")).main()
+        return stopped.value.args[0]
+
+    return read
 
 
 def readme_commands(root):

@@ -5,13 +5,11 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import common
-from assets.command import command_lines
 from results import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,35 +32,10 @@ def commands(text):
     return [line for line in lines if line]
 
 
-RECORDS = committed(".json")
+RECORDS = [name for name in committed(".json") if not name.startswith("benchmark-")]
 COMMANDS = list(dict.fromkeys(sum(map(commands, TEXTS.values()), [])))
 STARTS = tuple(f"python {script}.py" for script in SCRIPTS)
 OF_SCRIPTS = [line for line in COMMANDS if line.startswith(STARTS)]
-
-
-class Settled(Exception):
-    """Stops a script's `main` where its settings are complete."""
-
-
-@pytest.fixture
-def settings_of(monkeypatch):
-    """The settings that a command runs with, without running it."""
-    settle = common.settle
-
-    def stop(args, preset=None):
-        raise Settled(settle(args, preset))
-
-    def read(command):
-        script, *arguments = shlex.split(command)[1:]
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(common, "settle", stop)
-        for own in command_lines(arguments).values():  # one for each data set
-            monkeypatch.setattr(sys, "argv", [script, *own])
-            with pytest.raises(Settled) as stopped:
-                importlib.import_module(script.removesuffix(".py")).main()
-        return stopped.value.args[0]
-
-    return read
 
 
 def test_the_front_page_is_short_and_has_the_two_commands():

@@ -49,6 +49,23 @@ def test_same_seed_same_images_other_seed_others():
     assert not torch.equal(first.images.images, other.images.images)
 
 
+def test_attributes_say_how_images_were_drawn():
+    """Snow is brighter than night, a red thing redder than a blue one; a subset keeps its own."""
+    domain = common.tiny_domain("tiny-pacs", "photo", 3, 0.4)
+    for images in (domain.images, domain.balanced):
+        ground, color = images.attributes["background"], images.attributes["color"]
+        assert torch.equal(ground == images.labels % 8, images.groups == 1)
+        pixels = images.images.float()  # (N, 3, 32, 32)
+        edge = pixels[:, :, :3].mean((1, 2, 3))  # where no thing stands
+        snow, night = BACKGROUNDS.index("snow"), BACKGROUNDS.index("night")
+        assert edge[ground == snow].min() > edge[ground == night].max()
+        redness = (pixels[:, 0] - pixels[:, 2])[:, 12:20, 12:20].mean((1, 2))
+        red, blue = COLORS.index("red"), COLORS.index("blue")
+        assert redness[color == red].mean() > redness[color == blue].mean() + 50
+        few = images.subset([4, 2])
+        assert few.attributes["background"].tolist() == [ground[4], ground[2]]
+
+
 def test_domains_and_parts_share_no_image():
     parts = []
     for domain in common.load_domains("tiny-pacs", seed=5):
