@@ -34,7 +34,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -48,6 +47,7 @@ from assets.benchmarks import (
     read_waterbirds_table,
 )
 from assets.command import command as command
+from assets.images import read_image as read_image
 from assets.pictures import plot_heat as plot_heat
 from assets.pictures import plot_images as plot_images
 from assets.pictures import plot_panels as plot_panels
@@ -275,14 +275,6 @@ def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
     for pixels, labels, groups in draw_domain(name, classes, domain, seed, cue, sizes):
         parts.append(ImageSet(pixels, labels, classes, groups))
     return Domain(domain, *parts)
-
-
-def read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"cannot read image {path} ({error}); mend it or remove it") from None
 
 
 def image_transform(model: nn.Module, train: bool = False) -> Callable:
