@@ -44,23 +44,24 @@ def images_below(folder) -> list[str]:
     return [os.path.join(*pair) for pair in sorted(found)]
 
 
-def images_by_class(folder: Path) -> dict[str, list[str]]:
-    """{class: its images} of <folder>/<class>/<image>, sorted.
-
-    Raises: InputError for a link that leads nowhere.
-    """
-    found = {}
+def folders_in(folder: Path) -> list[str]:
+    """Sorted names of the folders in a folder. Raises: InputError for a link that leads nowhere."""
+    names = []
     for name in sorted(os.listdir(folder)):
         entry = folder / name
         if is_hidden(name):
             continue
+        if not entry.exists():
+            target = os.readlink(entry)
+            raise InputError(f"{entry} is a link to {target}, where nothing is; mend or remove it")
         if entry.is_dir():
-            found[name] = images_below(entry)
-        elif not entry.exists():
-            raise InputError(
-                f"{entry} is a link to {os.readlink(entry)}, where nothing is; mend or remove it"
-            )
-    return found
+            names.append(name)
+    return names
+
+
+def images_by_class(folder: Path) -> dict[str, list[str]]:
+    """{class: its images} of <folder>/<class>/<image>, sorted."""
+    return {name: images_below(folder / name) for name in folders_in(folder)}
 
 
 # ---------- Their pixels -------------------------------------------------------------------------

@@ -27,8 +27,8 @@ def did_you_mean(wrong: str, names) -> str:
 
 
 def slug(text: str) -> str:
-    """A name as a file name: lower case, anything unusual becomes `_`."""
-    return re.sub(r"[^a-z0-9.-]+", "_", text.lower()).strip("_")
+    """A name as a file name: lower case letters of any script, anything unusual becomes `_`."""
+    return re.sub(r"(?:[^\w.-]|_)+", "_", text.lower()).strip("_")
 
 
 # ---------- Kinds of settings ---------------------------------------------------------------------
