@@ -7,11 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import NAMES, write_image
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+import clipood
 import common
+import headpurify
+import ldfs
+import vit_diverse
+from assets import images
 
 IMAGENET_SHIFTS = ["imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"]
 
@@ -375,3 +381,113 @@ def test_file_names_of_runs():
         part = text[start:] + text[:start] + "__ _a"
         assert common.slug(part) == re.sub(r"[^a-z0-9.-]+", "_", part.lower()).strip("_")
     assert common.slug("Эскизы 2") == "эскизы_2" and common.slug("写真") == "写真"
+
+
+# ---------- --skip-broken ------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(images, "KNOWN", {})
+
+
+def break_some(data):
+    """Three pictures of PACS that cannot be read."""
+    dogs, horses = data / "PACS" / "photo" / "dog", data / "PACS" / "sketch" / "horse"
+    (dogs / "pic_000.jpg").write_bytes(b"")
+    file = dogs / "pic_001.jpg"
+    file.write_bytes(file.read_bytes()[:300])
+    (horses / "zz.png").symlink_to("nowhere")
+    return [dogs / "pic_000.jpg", file, horses / "zz.png"]
+
+
+def test_broken_images_are_left_out_and_counted(pacs_tree, capsys):
+    whole = common.load_domains("pacs", pacs_tree)
+    broken = {str(file) for file in break_some(pacs_tree)}
+    for repeat in range(2):
+        found = common.load_domains("pacs", pacs_tree, skip_broken=True)
+        for domain, before in zip(found, whole):
+            expected = [file for file in before.images.images if file not in broken]
+            assert domain.images.images.tolist() == expected
+            for file, label in zip(domain.images.images, domain.images.labels.tolist()):
+                assert Path(file).parent.name == domain.images.classes[label]
+        output = capsys.readouterr().out
+        assert output.count("3 of 85 images are left out") == 1 - repeat  # nothing is read again
+    assert all(file in images.left_out() for file in broken)
+    (pacs_tree / "PACS" / "cartoon" / "guitar" / "bad.png").write_text("a fourth")
+    common.load_domains("pacs", pacs_tree, skip_broken=True)
+    assert "4 of 86" in images.left_out() and images.left_out().endswith("), ...")
+
+
+def test_all_can_be_read(pacs_tree, capsys):
+    common.load_domains("pacs", pacs_tree, skip_broken=True)
+    assert "all can be read" in capsys.readouterr().out and not images.left_out()
+
+
+def test_groups_stay_with_their_images(birds):
+    more = ["b.png,0,0,0", "e.png,0,0,1", "d.png,1,0,0"]
+    data = birds([*more, *BIRDS])
+    for name in ("a.png", "b.png"):
+        (data / "waterbird_complete95_forest2water2" / name).write_bytes(b"")
+    sets, weights = common.load_id_and_ood("waterbirds", data, skip_broken=True)
+    assert [Path(file).name for file in sets["train"].images] == ["e.png", "d.png", "c.png"]
+    assert sets["train"].groups.tolist() == [1, 2, 2] and sets["train"].labels.tolist() == [0, 1, 1]
+    assert torch.allclose(weights, torch.tensor([2 / 3]))  # one test image, in group 2
+
+
+def test_a_class_without_a_readable_image_is_an_error(pacs_tree):
+    for file in (pacs_tree / "PACS" / "photo" / "dog").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(common.InputError) as error:
+        common.load_domains("pacs", pacs_tree, skip_broken=True)
+    words = "--skip-broken: no image of class 'dog' in photo can be read", "photo/dog/pic_00"
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("script", [headpurify, clipood, ldfs])
+def test_scripts_leave_broken_images_out(script, call_main, pacs_tree):
+    first, *_ = break_some(pacs_tree)
+    line = f"--dataset pacs --data-root {pacs_tree} --model tiny --workers 0 --modes zero-shot"
+    error = call_main(script.main, line)
+    assert error.startswith("error: cannot read image") and "--skip-broken" in error
+    output = call_main(script.main, f"{line} --skip-broken")
+    assert output.count("3 of 85 images are left out") == 2  # when they are found, and at the end
+    assert str(first) in output
+    result = next(Path("runs").rglob("result.json"))
+    assert json.loads(result.read_text())["settings"]["skip_broken"] is True
+
+
+@pytest.mark.filterwarnings("ignore:cov")
+def test_vit_diverse_leaves_broken_images_out(call_main, birds):
+    data = birds(BIRDS)
+    (data / "waterbird_complete95_forest2water2" / "b.png").write_bytes(b"")
+    line = f"--dataset waterbirds --data-root {data} --model tiny --workers 0"
+    output = call_main(vit_diverse.main, f"{line} --skip-broken")
+    assert output.count("1 of 5 images are left out") == 2 and "b.png" in output
+
+
+@pytest.mark.parametrize(
+    "script, dataset",
+    [
+        (headpurify, "tiny-pacs"),
+        (clipood, "tiny-office"),
+        (ldfs, "tiny-waterbirds"),
+        (vit_diverse, "tiny-waterbirds"),
+        (vit_diverse, "mnist-cifar"),
+    ],
+)
+def test_skip_broken_is_refused_where_no_file_is_read(script, dataset, call_main):
+    error = call_main(script.main, f"--dataset {dataset} --skip-broken")
+    assert error.startswith("error: --skip-broken") and f"no effect on {dataset}" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_skip_broken_is_one_of_a_runs_settings(call_main, pacs_tree):
+    """A run from before there was the flag is one without it."""
+    line = f"--dataset pacs --data-root {pacs_tree} --model tiny --workers 0 --modes zero-shot"
+    call_main(headpurify.main, line)
+    file = next(Path("runs").rglob("result.json"))
+    result = json.loads(file.read_text())
+    del result["settings"]["skip_broken"]
+    file.write_text(json.dumps(result))
+    assert "--resume: found" in call_main(headpurify.main, f"{line} --resume")
+    error = call_main(headpurify.main, f"{line} --resume --skip-broken")
+    assert "other settings (skip_broken None, now True)" in error
