@@ -143,6 +143,7 @@ def try_all(files: list[str]) -> None:
     if not new:
         return
     print(f"--skip-broken: reading {len(new)} images, once, to see which can be read", flush=True)
+    Image.init()  # threads that load Pillow's readers at once may miss one
     with ThreadPool() as pool:
         KNOWN.update(zip(new, pool.imap(what_is_wrong, new, chunksize=16)))
     print(left_out() or "--skip-broken: all can be read", flush=True)
@@ -162,11 +163,14 @@ def leave_out_broken(classes, parts: dict[str, list]) -> dict[str, list]:
 
     Raises: InputError if a part loses all images of a class.
     """
-    try_all([str(item[0]) for items in parts.values() for item in items])
+    files = []
+    for items in parts.values():
+        files += [str(file) for file, *_ in items]
+    try_all(files)
     kept = {}
     for part, items in parts.items():
         kept[part] = [item for item in items if not KNOWN[str(item[0])]]
-        labels = {label for _, label, *_ in kept[part]}
+        labels = {item[1] for item in kept[part]}
         for file, label, *_ in items:
             if label not in labels:
                 raise InputError(
