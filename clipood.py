@@ -354,11 +354,13 @@ def make_task(args, data, target: str, seed: int) -> common.Task:
 def load_data(args, seed: int):
     """The images of --dataset: a list of domains, or {part: images}."""
     if args.dataset not in common.dataset_names("parts"):
-        return common.load_domains(args.dataset, args.data_root, seed, args.cue, WITH_PARTS)
-    parts = common.load_parts(args.dataset, args.data_root)
+        domains = args.dataset, args.data_root, seed, args.cue, WITH_PARTS, args.skip_broken
+        return common.load_domains(*domains)
+    parts = common.load_parts(args.dataset, args.data_root, skip_broken=args.skip_broken)
     if args.task == "domain-shift":
         for name in common.IMAGENET_SHIFTS:
-            parts[name] = common.load_parts(name, args.data_root)["test"]
+            shift = common.load_parts(name, args.data_root, skip_broken=args.skip_broken)
+            parts[name] = shift["test"]
     return parts
 
 

@@ -34,7 +34,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -44,10 +43,11 @@ from assets.benchmarks import (
     DATASETS,
     load_mnist_cifar,
     read_dataset,
-    read_folders,
-    read_waterbirds_table,
+    read_own_folders,
 )
 from assets.command import command as command
+from assets.images import leave_out_broken
+from assets.images import read_image as read_image
 from assets.pictures import plot_heat as plot_heat
 from assets.pictures import plot_images as plot_images
 from assets.pictures import plot_panels as plot_panels
@@ -180,7 +180,9 @@ def dataset_names(kind: str) -> list[str]:
     return drawn + [name for name, row in DATASETS.items() if row["kind"] == kind]
 
 
-def load_domains(name: str, root="data", seed: int = 0, cue: float = 0.4, also=()) -> list[Domain]:
+def load_domains(
+    name: str, root="data", seed: int = 0, cue: float = 0.4, also=(), skip_broken: bool = False
+) -> list[Domain]:
     """Every domain of a benchmark, sorted by name.
 
     Args:
@@ -189,53 +191,57 @@ def load_domains(name: str, root="data", seed: int = 0, cue: float = 0.4, also=(
         seed, cue: of tiny sets: which images are drawn, and how often (0 ... 1) a training image
             stands on its class's own background; 1/8 is independence.
         also: names of other data sets, for the message about an unknown one.
+        skip_broken: leave out files that cannot be read.
     Raises: InputError for an unknown name, or a folder that is missing or not in the layout.
     """
     if name in TINY_BENCHMARKS:
         return [tiny_domain(name, domain, seed, cue) for domain in TINY_DOMAINS]
     if name.startswith("folder:"):
-        path = Path(name.removeprefix("folder:"))
-        if not path.is_dir():
-            raise InputError(f"no folder {path}; it should hold <domain>/<class>/<image>")
-        names = [entry.name for entry in path.iterdir() if entry.is_dir()]
-        row = {"domains": sorted(name for name in names if not name.startswith("."))}
-        return [Domain(*item) for item in image_sets(*read_folders(path, row)).items()]
+        path = Path(name.removeprefix("folder:")).expanduser()
+        sets = image_sets(*read_own_folders(path), skip_broken)
+        return [Domain(*item) for item in sets.items()]
     names = [*dataset_names("domains"), *also]
     if name not in DATASETS or name not in names:
-        hint = did_you_mean(name, names)
-        raise InputError(
-            f"unknown data set {name!r}{hint} Choose from {', '.join(names)}, or folder:PATH."
-        )
-    sets = image_sets(*read_dataset(name, root))
+        raise unknown_dataset(name, names, ", or folder:PATH")
+    sets = image_sets(*read_dataset(name, root), skip_broken)
     if name == "domainnet-mini":  # which has a test list for every domain
         domains = DATASETS[name]["domains"]
         return [Domain(domain, sets[domain], sets[f"{domain} test"]) for domain in domains]
     return [Domain(*item) for item in sets.items()]
 
 
-def load_parts(name: str, root="data", seed=0, cue=0.95, download=False) -> dict[str, ImageSet]:
+def unknown_dataset(name: str, names: list[str], more: str = "") -> InputError:
+    hint = did_you_mean(name, names)
+    return InputError(f"unknown data set {name!r}{hint} Choose from {', '.join(names)}{more}.")
+
+
+def load_parts(
+    name: str, root="data", seed=0, cue=0.95, download=False, skip_broken=False
+) -> dict[str, ImageSet]:
     """A data set with fixed parts: train, val and test, or those that it has.
 
-    Args: seed, cue: of what is drawn or composed; download: fetch MNIST and CIFAR-10 if missing.
-    Raises: InputError if the folder, its lists or its images are missing or not in the layout.
+    Args:
+        seed, cue: of what is drawn or composed.
+        download: fetch MNIST and CIFAR-10 if missing.
+        skip_broken: leave out files that cannot be read.
+    Raises: InputError for an unknown name, or if the folder, its lists or its images are missing or
+        not in the layout.
     """
+    names = dataset_names("parts")
+    if name not in names:
+        raise unknown_dataset(name, names)
     if name == "tiny-waterbirds":
         return drawn_parts(draw_waterbirds(seed, cue), WATERBIRD_CLASSES)
     if name == "tiny-mnist-cifar":
         return drawn_parts(draw_digits_and_vehicles(seed), VEHICLES)
     if name == "mnist-cifar":
         return drawn_parts(load_mnist_cifar(root, seed, download), VEHICLES)
-    sets = image_sets(*read_dataset(name, root))
-    if name != "waterbirds":
-        return sets
-    table = read_waterbirds_table(Path(root) / DATASETS[name]["folder"])
-    for number, part in enumerate(sets):
-        places = [2 * y + place for _, y, split, place in table if split == number]
-        sets[part].groups = torch.tensor(places)
-    return sets
+    return image_sets(*read_dataset(name, root), skip_broken)
 
 
-def load_id_and_ood(name: str, root="data", seed=0, cue=0.95, download=False) -> tuple:
+def load_id_and_ood(
+    name: str, root="data", seed=0, cue=0.95, download=False, skip_broken=False
+) -> tuple:
     """A data set with a spurious attribute: {train, val_id, test_id, val_ood, test_ood}, in whose
     OOD parts the attribute is independent of the label; and weights (N,) of test_id's images, or
     None. Args, Raises: as `load_parts`.
@@ -243,7 +249,7 @@ def load_id_and_ood(name: str, root="data", seed=0, cue=0.95, download=False) ->
     Waterbirds has one validation and one test set. As they are they are OOD. Weighted so that each
     group counts as much as it does in training, they are ID.
     """
-    sets = load_parts(name, root, seed, cue, download)
+    sets = load_parts(name, root, seed, cue, download, skip_broken)
     if name.endswith("mnist-cifar"):
         return sets, None
     in_training = torch.bincount(sets["train"].groups, minlength=4)
@@ -261,12 +267,15 @@ def drawn_parts(drawn: dict, classes: tuple[str, ...]) -> dict[str, ImageSet]:
     return {part: ImageSet(x, y, classes, groups) for part, (x, y, groups) in drawn.items()}
 
 
-def image_sets(classes, parts: dict[str, list]) -> dict[str, ImageSet]:
-    """Image sets of {part: [(file, label), ...]}."""
+def image_sets(classes, parts: dict[str, list], skip_broken: bool = False) -> dict[str, ImageSet]:
+    """Image sets of {part: [(file, label), ...]}; items may have a group as a third."""
+    if skip_broken:
+        parts = leave_out_broken(classes, parts)
     sets = {}
     for part, items in parts.items():
-        files, labels = zip(*items)
-        sets[part] = ImageSet(np.array([*map(str, files)]), torch.tensor(labels), tuple(classes))
+        files, *numbers = zip(*items)
+        labels, *groups = map(torch.tensor, numbers)
+        sets[part] = ImageSet(np.array([*map(str, files)]), labels, tuple(classes), *groups)
     return sets
 
 
@@ -277,14 +286,6 @@ def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
     for pixels, labels, groups, drawn in draw_domain(name, classes, domain, seed, cue, sizes):
         parts.append(ImageSet(pixels, labels, classes, groups, attributes=drawn))
     return Domain(domain, *parts)
-
-
-def read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"cannot read image {path} ({error}); mend it or remove it") from None
 
 
 def image_transform(model: nn.Module, train: bool = False) -> Callable:

@@ -600,7 +600,8 @@ def report_study(args, records: list[dict]) -> None:
 
 def main():
     args = settings()
-    domains = common.load_domains(args.dataset, args.data_root, args.seeds[0], args.cue)
+    data = args.dataset, args.data_root, args.seeds[0], args.cue
+    domains = common.load_domains(*data, skip_broken=args.skip_broken)
     targets = common.choose_targets(args.target, [domain.name for domain in domains])
     args.clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
     augment = common.training_transform(args.clip, args.dataset)

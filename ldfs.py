@@ -336,9 +336,10 @@ OTHER_PLACE = {"water": ("land", [0]), "land": ("water", [1])}
 
 def read_domains(args, seed) -> list[common.Domain]:
     """All domains. Images in files are not read here."""
+    data = args.dataset, args.data_root, seed, args.cue
     if args.dataset not in WATERBIRDS:
-        return common.load_domains(args.dataset, args.data_root, seed, args.cue, WATERBIRDS)
-    parts = common.load_parts(args.dataset, args.data_root, seed, args.cue)
+        return common.load_domains(*data, WATERBIRDS, args.skip_broken)
+    parts = common.load_parts(*data, skip_broken=args.skip_broken)
     train, test = parts["train"], parts["test"]
     usual = common.Domain("usual places", of_groups(train, 0, 3), of_groups(test, 0, 3))
     water = common.Domain("water", of_groups(test, 1))  # landbirds there

@@ -409,7 +409,7 @@ def evaluate_row(row, model, heads: dict, sets: dict, weights, seed: int) -> tup
 
 def compare(args, run, seed: int) -> None:
     """Train and test every row of one seed."""
-    data = args.dataset, args.data_root, seed, args.cue, args.download
+    data = args.dataset, args.data_root, seed, args.cue, args.download, args.skip_broken
     sets, weights = common.load_id_and_ood(*data)
     for training, rows in trainings(args.rows).items():
         if rows.keys() <= run.rows.keys():

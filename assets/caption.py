@@ -60,7 +60,10 @@ def read_image(file: Path) -> Image.Image:
 
 def find_images(folder: Path, root: Path) -> dict[str, Path]:
     """{path below the data root: file}. Raises: InputError where there is none."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    files = []
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith("."):
+            files.append(file)
     if not files:
         raise InputError(f"no image below {folder}")
     if not folder.is_relative_to(root):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from assets.images import left_out
 from assets.pictures import plot_dots, plot_panels
 from assets.runs import write_json
 
@@ -239,6 +240,8 @@ def report(args, records: list[dict], measure: str = "target") -> tuple[list[dic
     if len(targets_of(records)) > 1:
         print("\n" + target_table(f"{args.dataset}, {measure} accuracy, %", records, measure))
     print("\n" + closing_line(records, measure))
+    if left_out():
+        print(left_out())
     print(f"Runs are in {args.output / args.method.name / (args.study or '')}/")
     if args.summary:
         settings = {}

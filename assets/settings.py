@@ -27,8 +27,8 @@ def did_you_mean(wrong: str, names) -> str:
 
 
 def slug(text: str) -> str:
-    """A name as a file name: lower case, anything unusual becomes `_`."""
-    return re.sub(r"[^a-z0-9.-]+", "_", text.lower()).strip("_")
+    """A name as a file name: lower case letters of any script, anything unusual becomes `_`."""
+    return re.sub(r"(?:[^\w.-]|_)+", "_", text.lower()).strip("_")
 
 
 # ---------- Kinds of settings ---------------------------------------------------------------------
@@ -74,6 +74,8 @@ COMMON_SETTINGS = [
     ("workers", at_least(0), None, None, "processes that read images (4; tiny data 0)"),
     ("output", Path, Path("runs"), Path("runs"), "folder of all runs"),
     ("summary", Path, None, None, "also write the records of all runs to this JSON file"),
+    # not given is None: so runs from before there was this flag can be continued
+    ("skip-broken", bool, None, None, "leave out images that cannot be read, and say how many"),
     ("resume", bool, False, False, "keep complete runs, continue interrupted ones"),
     ("figures", bool, False, False, "write analysis.npz and more pictures into the runs' folders"),
 ]
@@ -165,6 +167,9 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
     tiny_data = args.dataset.startswith("tiny-")
     if args.cue is not None and not tiny_data:
         raise InputError(f"--cue {args.cue} is for tiny data and has no effect on {args.dataset}")
+    if args.skip_broken and (tiny_data or args.dataset == "mnist-cifar"):
+        what = "is for images in files of their own"
+        raise InputError(f"--skip-broken {what} and has no effect on {args.dataset}")
     preset.setdefault("cue", 0.95 if args.dataset == "tiny-waterbirds" else 0.4)
     preset.setdefault("workers", 0 if tiny_data else 4)
     args.model = args.model or preset.get("model") or ("tiny" if tiny_data else "ViT-B-16")
