@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -64,6 +65,22 @@ def share(text: str) -> float:
     return value
 
 
+ONE_PLACE = "{} once, where the name goes, and no other brace"
+
+
+def has_one_place(text: str) -> bool:
+    """Is there exactly one {} in a text, and no other brace that `str.format` would act on?"""
+    rest = text.replace("{}", "", 1)
+    return rest != text and "{" not in rest and "}" not in rest
+
+
+def prompt_template(text: str) -> str:
+    """A kind of setting: a text with a place for a name, or `ensemble`."""
+    if text != "ensemble" and not has_one_place(text):
+        raise argparse.ArgumentTypeError(f"a template needs {ONE_PLACE}, got {text!r}")
+    return text
+
+
 COMMON_SETTINGS = [
     ("data-root", str, "data", "data", "folder that holds the benchmarks' folders"),
     ("cue", share, None, None, "tiny data: share of images on their class's background"),
@@ -81,7 +98,7 @@ COMMON_SETTINGS = [
 
 TARGET = ("target", str, "sketch", "sketch", "held-out domain: name, its start, number, or all")
 PROMPT = ["a photo of a {}."]
-TEMPLATES = ("templates", [str], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
+TEMPLATES = ("templates", [prompt_template], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,12 +110,16 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Method:
-    """What a script has to offer: its settings, and the rows and studies they are compared in."""
+    """What a script has to offer: its settings, and the rows and studies they are compared in.
+
+    needs: {setting: pattern} of settings without effect on rows whose name does not match.
+    """
 
     name: str
     settings: list[tuple]
     rows: dict[str, dict]
     studies: dict[str, list[str]]
+    needs: dict[str, str] = field(default_factory=dict)
 
 
 def add_settings(group, settings: list[tuple]) -> None:
@@ -173,17 +194,43 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
     if args.study:
         name = f"{args.method.name}-{args.study}-{slug(args.dataset)}.json"
         preset.setdefault("summary", Path("results", name))
+    refuse_idle(args)
     for name, _, default, tiny, _ in [*COMMON_SETTINGS, *args.more, *args.method.settings]:
         key = name.replace("-", "_")
         if getattr(args, key) is None:
             usual = tiny if args.model == "tiny" else default
             setattr(args, key, preset.get(key, usual))
-    if args.summary and not args.summary.parent.is_dir():
-        folder = args.summary.parent
-        raise InputError(f"--summary {args.summary}: there is no folder {folder}; make it first")
+    if args.summary:
+        check_summary(args.summary)
     settle_device(args)
     args.rows = {text: read_row(text, args) for text in args.modes}
     return args
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Raises: InputError for a setting that was given and has no effect on any row, or for one that
+    a row has of its own and that has none on it; see `Method`."""
+    for setting, pattern in args.method.needs.items():
+        names = [text.split("/")[0] for text in args.modes]
+        given = getattr(args, setting.replace("-", "_")) is not None
+        if given and not any(re.search(pattern, name) for name in names):
+            raise InputError(f"--{setting} has no effect on any row: {' '.join(args.modes)}")
+        for text, name in zip(args.modes, names):
+            if f"/{setting}=" in text and not re.search(pattern, name):
+                raise InputError(f"--modes {text}: {setting} has no effect on {name}")
+
+
+def check_summary(path: Path) -> None:
+    """Raises: InputError if no file can be written there, before hours of training."""
+    wrong = None
+    if path.is_dir():
+        wrong = "it is a folder; give a file in it"
+    elif not path.parent.is_dir():
+        wrong = f"there is no folder {path.parent}; make it first"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        wrong = "it cannot be written"
+    if wrong:
+        raise InputError(f"--summary {path}: {wrong}")
 
 
 def settle_device(args: argparse.Namespace) -> None:
@@ -191,13 +238,21 @@ def settle_device(args: argparse.Namespace) -> None:
     wanted = args.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    hint = "use auto, cpu, cuda, cuda:1 or mps"
     try:
         args.device = torch.device(wanted)
     except RuntimeError:
-        hint = "use auto, cpu, cuda, cuda:1 or mps"
         raise InputError(f"--device {wanted!r} is not a device; {hint}") from None
-    if args.device.type == "cuda" and not torch.cuda.is_available():
+    kind = args.device.type
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
+    if kind == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise InputError(f"--device {args.device}: GPUs are cuda:0 ... cuda:{last} here")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {args.device}: PyTorch sees none here; use --device cpu")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {wanted!r} cannot train; {hint}")
     if args.precision == "fp16" and args.device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
     if args.precision == "auto":

@@ -741,7 +741,7 @@ def test_killed_run_is_resumed_exactly(command, two_domains, tmp_path, monkeypat
     )
     command(f"{line} --output quiet")
     (quiet,) = (tmp_path / "quiet" / "clipood").iterdir()
-    own, calls = common.check_finite, []
+    own, calls = common.take_step, []
 
     def power_cut(*args):
         calls.append(args)
@@ -749,7 +749,7 @@ def test_killed_run_is_resumed_exactly(command, two_domains, tmp_path, monkeypat
             raise common.InputError("power cut")
         own(*args)
 
-    monkeypatch.setattr(common, "check_finite", power_cut)
+    monkeypatch.setattr(common, "take_step", power_cut)
     assert "power cut" in command(f"{line} --output killed")
     killed = tmp_path / "killed" / "clipood" / quiet.name
     assert not killed.exists()
