@@ -223,7 +223,8 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
             loss = loss_of(model, images, y, row, clip, class_features)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            where = f"step {epoch * row.steps_per_epoch + step + 1} of seed {seed}"
+            place = epoch * row.steps_per_epoch + step + 1
+            where = f"{'/'.join(rows)}, step {place} of seed {seed}"
             common.take_step(optimizer, loss, where, batches, scaler)
             schedule.step()
             round_to_half(half)

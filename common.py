@@ -562,10 +562,10 @@ def check_batch_sizes(rows: dict, sets: dict[str, ImageSet]) -> None:
     """
     largest = max(map(len, sets.values()))
     most = max(64, largest)
-    for name, row in rows.items():
+    for row in rows.values():
         if row.batch_size > most:
             raise InputError(
-                f"{name}: --batch-size {row.batch_size} is per source domain, and the largest has "
+                f"--batch-size {row.batch_size} is per source domain, and the largest has only "
                 f"{largest} training images: at most {most}"
             )
 

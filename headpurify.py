@@ -230,7 +230,7 @@ def train(clip, class_features, task, row, seed: int) -> tuple:
         optimizer.zero_grad()
         scaled = scaler.scale(loss_cls), scaler.scale(loss_mmd)  # changes them in fp16 alone
         route_gradients(*scaled, trained, reached_now, row.alpha)
-        where, loss = f"step {step} of seed {seed}", loss_cls + row.alpha * loss_mmd
+        where, loss = f"{row.name}, step {step} of seed {seed}", loss_cls + row.alpha * loss_mmd
         common.take_step(optimizer, loss, where, batches, scaler)
         schedule.step()
         if step % (row.eval_every * steps_per_epoch) and step < steps:

@@ -33,17 +33,21 @@ def slug(text: str) -> str:
 
 
 # ---------- Kinds of settings ---------------------------------------------------------------------
-def at_least(low: float, number: Callable = int) -> Callable:
-    """A kind of setting: a finite number that is `low` or more; whole unless `number` is float."""
+LARGEST = 1e30  # float32 ends at 3e38, and optimizers multiply what they are given
+
+
+def at_least(low: float, number: Callable = int, most: float = LARGEST) -> Callable:
+    """A kind of setting: a number from `low` to `most`; whole unless `number` is float."""
 
     def read(text: str):
         try:
             value = number(text)
         except (ValueError, OverflowError):
             value = math.nan
-        if not low <= value < math.inf:
+        if not low <= value <= most:
             whole = "a whole number" if number is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {whole}, at least {low}, got {text}")
+            limit = f", at most {most:.10g}" if value > most else ""
+            raise argparse.ArgumentTypeError(f"must be {whole}, at least {low}{limit}, got {text}")
         return value
 
     return read
@@ -88,7 +92,7 @@ COMMON_SETTINGS = [
     ("pretrained", str, None, None, "tag or file (openai; its weights in a FILE: NAME-quickgelu)"),
     ("device", str, "auto", "auto", "auto, cpu, cuda, cuda:1 or mps"),
     ("precision", ("auto", "fp32", "bf16", "fp16"), "auto", "auto", "auto: bf16 where a GPU can"),
-    ("workers", at_least(0), None, None, "processes that read images (4; tiny data 0)"),
+    ("workers", at_least(0, most=1024), None, None, "processes that read images (4; tiny data 0)"),
     ("output", Path, Path("runs"), Path("runs"), "folder of all runs"),
     ("summary", Path, None, None, "also write the records of all runs to this JSON file"),
     ("resume", bool, False, False, "keep complete runs, continue interrupted ones"),
@@ -161,13 +165,16 @@ def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=
     data.add_argument("--modes", nargs="+", metavar="ROW", help=rows)
     study = "a comparison of the paper in place of --modes; writes results/<method>-<study>-..."
     data.add_argument("--study", choices=method.studies, help=study)
-    data.add_argument("--seeds", "--seed", type=at_least(0), nargs="+", default=[0])
+    seed = at_least(0, most=10**9)  # generators count on from 1000 times it
+    data.add_argument("--seeds", "--seed", type=seed, nargs="+", default=[0])
     add_settings(data, more)
     add_settings(parser.add_argument_group("method and training"), method.settings)
     add_settings(parser.add_argument_group("model, device, output"), COMMON_SETTINGS)
     args = parser.parse_args(argv)
     if args.study and args.modes:
         raise InputError("--study and --modes both say what to compare: give one of them")
+    if len({*args.seeds}) < len(args.seeds):
+        raise InputError(f"--seeds: one is given twice, {' '.join(map(str, args.seeds))}")
     args.modes = method.studies[args.study] if args.study else args.modes or modes
     args.method, args.more = method, list(more)
     return args

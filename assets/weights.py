@@ -10,16 +10,19 @@ import contextlib
 import pickle
 import socket
 import threading
+import warnings
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
 
+# said of a file that is then refused
+warnings.filterwarnings("ignore", "Detected pickle protocol")
 # what unpicklers and those who look into the result say of a file that is something else
 NO_WEIGHTS = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError)
 OFFLINE = (
-    "Offline? Give a checkpoint file with --pretrained FILE, copy the folder models--... of a "
-    f"machine that has them to {constants.HF_HUB_CACHE}, or use --model tiny."
+    "Offline? Give a checkpoint file with --pretrained FILE, copy the hub's folder "
+    "models--ORG--NAME from the cache of a machine that has it, or use --model tiny."
 )
 
 
@@ -30,8 +33,6 @@ def why_not(error: Exception) -> str:
         return "no file of tensors alone; a pickle that could run code is not loaded"
     if "loading state_dict" in text:
         return "its weights are not those of this model"
-    if "outgoing traffic has been disabled" in text:
-        return f"they are not in {constants.HF_HUB_CACHE}, and there is no network to fetch them"
     return text.splitlines()[0] if text else type(error).__name__
 
 
@@ -60,10 +61,19 @@ def answers(url: str, seconds: float = 3) -> bool:
 @contextlib.contextmanager
 def hub_or_cache(asked: bool = True):
     """Inside, weights that the hub is `asked` for come from its cache on this machine alone if it
-    does not answer: it would be asked again and again for a minute."""
+    does not answer: it would be asked again and again for a minute.
+
+    Raises: ConnectionError if they are not there.
+    """
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or (asked and not answers(constants.ENDPOINT))
+    offline = asked and (before or not answers(constants.ENDPOINT))
+    constants.HF_HUB_OFFLINE = before or offline
     try:
         yield
+    except Exception as error:
+        if not offline:
+            raise
+        why = f"no connection to {constants.ENDPOINT}, and not in {constants.HF_HUB_CACHE}"
+        raise ConnectionError(why) from error
     finally:
         constants.HF_HUB_OFFLINE = before
