@@ -584,6 +584,8 @@ def main():
     augment = common.training_transform(args.clip, args.dataset)
     blocks(args.clip.visual)  # is this a ViT?
     head_places(args.clip.visual, args.drop or [])  # are these heads?
+    if args.class_features:  # are they these classes'?
+        common.read_class_features(args.class_features, args.clip, domains[0].images.classes)
     records = []
     for seed in args.seeds:
         if args.dataset.startswith("tiny-") and seed != args.seeds[0]:  # real data have no seed
