@@ -223,10 +223,9 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
             loss = loss_of(model, images, y, row, clip, class_features)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            where = f"step {epoch * row.steps_per_epoch + step + 1} of seed {seed}"
-            common.check_finite(loss, optimizer, scaler, where, batches)
-            scaler.step(optimizer)
-            scaler.update()
+            place = epoch * row.steps_per_epoch + step + 1
+            where = f"{'/'.join(rows)}, step {place} of seed {seed}"
+            common.take_step(optimizer, loss, where, batches, scaler)
             schedule.step()
             round_to_half(half)
             for average in averages:
@@ -429,7 +428,7 @@ OF_ALL_ROWS = [
     ("task", TASKS, None, None, "unseen domains, classes, or both (domain-shift if it can)"),
     ("protocol", ("whole", "official"), "whole", "whole", PROTOCOL),
     ("shots", common.at_least(1), 16, 16, "training images per class of few-shot sets (published)"),
-    ("templates", [str], None, None, "prompts, averaged; or: ensemble (see assets/datasets.json)"),
+    ("templates", [common.prompt_template], None, None, TEMPLATES),
     ("eval-every", common.at_least(0), None, None, "epochs between tests (0; 1 in study average)"),
 ]
 SETTINGS = [
@@ -446,7 +445,12 @@ SETTINGS = [
     ("epochs", common.at_least(1), None, None, ABOVE),
     ("steps-per-epoch", common.at_least(1), 500, 20, "published: 500"),
 ]
-METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES)
+# {setting: rows that it has an effect on}
+TRAINED = "linear|ms|coop"
+NEEDS = {"margin": "ms", "beta": "bma", "ema": "ema", "wise-ft": "wise-ft", "lr": "linear|ms"}
+NEEDS |= {"head-lr": "linear", "prompt-lr": "coop", "weight-decay": "linear|ms"}
+NEEDS |= dict.fromkeys(("batch-size", "epochs", "steps-per-epoch"), TRAINED)
+METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES, NEEDS)
 # {"task, data set": its settings}; also of "tiny CLIP", and of "any other" data set
 FILE = Path(__file__).with_name("assets") / "clipood.json"
 DEFAULTS = json.loads(FILE.read_text())
@@ -463,6 +467,7 @@ def preset(args) -> dict:
     if task not in possible:
         what = f"--task {task} needs domains, {name} has none"
         raise common.InputError(f"{what}: use --task open-class")
+    refuse_idle_settings(args, task)
     own = DEFAULTS.get(f"{task}, {name}", DEFAULTS[f"{task}, any other"])
     if args.model == "tiny" or (args.model is None and name.startswith("tiny-")):
         own = DEFAULTS[f"{task}, tiny CLIP"]
@@ -475,6 +480,19 @@ def preset(args) -> dict:
         file = f"clipood-{args.study}-{common.slug(name)}-{task}.json"
         found["summary"] = Path("results", file)
     return found
+
+
+def refuse_idle_settings(args, task: str) -> None:
+    """Raises: InputError for a setting without effect on this task or data set."""
+    has_domains = args.dataset not in common.dataset_names("parts")
+    idle = []
+    if not has_domains:
+        idle.append("target")
+    if has_domains and task != "open-class":
+        idle.append("shots")
+    for name in idle:
+        if getattr(args, name) is not None:
+            raise common.InputError(f"--{name} has no effect with {args.dataset}, --task {task}")
 
 
 # ---------- Figures ------------------------------------------------------------------------------
@@ -509,6 +527,7 @@ def draw_figures(args, class_features: torch.Tensor, folder: Path) -> None:
 def compare(args, task: common.Task, run) -> None:
     """Train and test every row for one target and seed; the last one is exported."""
     clip = args.clip
+    common.check_batch_sizes(args.rows, task.train)
     class_features = clip.class_features(task.classes, args.templates)  # (C, D)
     for rows in trainings(args.rows):
         if rows.keys() <= run.rows.keys():

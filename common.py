@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -71,13 +72,16 @@ from assets.report import value_table as value_table
 from assets.runs import Run as Run
 from assets.runs import open_run as open_run
 from assets.runs import write_json
+from assets.settings import ONE_PLACE as ONE_PLACE
 from assets.settings import TARGET as TARGET
 from assets.settings import TEMPLATES as TEMPLATES
 from assets.settings import Method as Method
 from assets.settings import at_least as at_least
 from assets.settings import did_you_mean as did_you_mean
 from assets.settings import flags as flags
+from assets.settings import has_one_place as has_one_place
 from assets.settings import positive as positive
+from assets.settings import prompt_template as prompt_template
 from assets.settings import settle as settle
 from assets.settings import share as share
 from assets.settings import slug as slug
@@ -94,6 +98,7 @@ from assets.tiny_world import (
     draw_waterbirds,
 )
 from assets.tiny_world import tiny_rng as tiny_rng
+from assets.weights import OFFLINE, hub_or_cache, why_not
 
 
 # ---------- 1. Images ----------------------------------------------------------------------------
@@ -552,24 +557,57 @@ class SourceBatches:
         return names
 
 
-def check_finite(loss, optimizer, scaler, where: str, batches: SourceBatches) -> None:
-    """Before a step: stop if the loss or a gradient is not a number, so that no weights become so.
+def check_batch_sizes(rows: dict, sets: dict[str, ImageSet]) -> None:
+    """Raises: InputError for a row whose batch would hold every image of every source many times.
 
+    A domain smaller than a batch is cycled through, as in DomainBed, so that published batch sizes
+    go with few images. Above 64, as large as those are, a batch ends at the largest source.
+    """
+    largest = max(map(len, sets.values()))
+    most = max(64, largest)
+    for row in rows.values():
+        if row.batch_size > most:
+            raise InputError(
+                f"--batch-size {row.batch_size} is per source domain, and the largest has only "
+                f"{largest} training images: at most {most}"
+            )
+
+
+def take_step(optimizer, loss, where: str, batches: SourceBatches | None = None, scaler=None):
+    """One step of an optimizer along the gradients that are there. Stops at a loss or gradient that
+    is not finite before any weights become so, and at such weights before anything takes them in.
+
+    Args: scaler: of fp16, which leaves out a step whose gradient is not finite.
     Raises: InputError that names `where` the training was, its learning rate and its batch.
     """
-    gradients = []
+    weights = []
     for group in optimizer.param_groups:
-        gradients += [p.grad for p in group["params"] if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    norm = torch.stack(norms).norm()
-    fine = norm.isfinite() or scaler.is_enabled()  # fp16's scaler skips such gradients
-    if fine and loss.isfinite():
-        return
-    rate = optimizer.param_groups[0]["lr"]
-    raise InputError(
-        f"{where}, learning rate {rate:.3g}: the loss is {loss.item()}, its gradient's norm "
-        f"{norm.item()}; try a lower --lr, or look at this batch: {', '.join(batches.names())}"
-    )
+        weights += group["params"]
+    value = loss.item()
+    norm = total_norm([weight.grad for weight in weights if weight.grad is not None])
+    left_out = scaler is not None and scaler.is_enabled()
+    found = None
+    if not (math.isfinite(value) and (math.isfinite(norm) or left_out)):
+        found = f"the loss is {value}, its gradient's norm {norm}"
+    elif scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    size = total_norm([weight.detach() for weight in weights])
+    if not found and not math.isfinite(size):
+        found = f"the norm of the weights is {size}"
+    if found:
+        rate = optimizer.param_groups[0]["lr"]
+        hint = "try a lower learning rate"
+        if batches:
+            hint += f", or look at this batch: {', '.join(batches.names())}"
+        raise InputError(f"{where}, learning rate {rate:.3g}: {found}; {hint}")
+
+
+def total_norm(tensors: list[torch.Tensor]) -> float:
+    """Not finite if a number of any of them is not."""
+    return torch.stack(torch._foreach_norm(tensors)).norm().item()
 
 
 # ---------- 4. CLIP ------------------------------------------------------------------------------
@@ -611,15 +649,13 @@ class Clip:
         """Text features of the classes, unit-norm (C, D): each class averaged over the templates.
 
         Underscores in names become spaces. ["ensemble"] stands for open_clip's ImageNet templates.
-        Raises: InputError if a template has no `{}`.
+        Raises: InputError if a template has not exactly one `{}`.
         """
         if list(templates) == ["ensemble"]:
             templates = self.ensemble()
         for template in templates:
-            if "{}" not in template:
-                raise InputError(
-                    f"a template needs {{}} where the class name goes, got {template!r}"
-                )
+            if not has_one_place(template):
+                raise InputError(f"a template needs {ONE_PLACE}, got {template!r}")
         key = tuple(names), tuple(templates)
         if key not in self.known:
             features = []
@@ -659,39 +695,46 @@ def load_clip(
         check_weights(name, pretrained)
         tag = open_clip.get_pretrained_cfg(name, pretrained) or {}  # a file has none
         quick_gelu = bool(tag.get("quick_gelu", False))
+    file = pretrained and Path(pretrained).is_file()
+    here = name.startswith("local-dir:") or file
     logging.disable(logging.ERROR)  # a failing download would say the same thirty times
     try:
-        options = {"force_quick_gelu": quick_gelu, "require_pretrained": True}
-        model = open_clip.create_model(name, pretrained, **options)
-        model_config = open_clip.get_model_config(name)
+        with hub_or_cache(asked=not here):
+            options = {"force_quick_gelu": quick_gelu, "require_pretrained": True}
+            model = open_clip.create_model(name, pretrained, **options)
+            model_config = open_clip.get_model_config(name)
+            tokenizer = tokenizer_of(name, model)
     except Exception as error:  # hub, file system and deserialiser fail in ways of their own
-        where, why = f"{name} ({pretrained or 'its folder'})", str(error).splitlines()[0]
+        where = f"{name} ({pretrained or 'its folder'})"
+        hint = f"Needed is a state dict of {name}, .pt or .safetensors." if file else OFFLINE
         raise InputError(
-            f"cannot load the weights of {where}: {why}\n"
-            "  Offline? Give a checkpoint file with --pretrained FILE, or use --model tiny."
+            f"cannot load the weights of {where}: {why_not(error)}\n  {hint}"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
-
-    vocabulary = None  # of the tiny CLIP's tokenizer: a key of ours, which open_clip passes over
-    if name.startswith("local-dir:"):
-        file = Path(name.removeprefix("local-dir:"), "open_clip_config.json")
-        vocabulary = json.loads(file.read_text()).get("vocabulary")
-    if vocabulary:
-        tokenizer = WordTokenizer(vocabulary, model.context_length)
-    else:
-        tokenizer = open_clip.get_tokenizer(name)
     model_config["quick_gelu"] = quick_gelu or model_config.get("quick_gelu", False)
     preprocess_config = open_clip.get_model_preprocess_cfg(model)
     if interpolation:
         preprocess_config = {**preprocess_config, "interpolation": interpolation}
         open_clip.set_model_preprocess_cfg(model, preprocess_config)
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess_config}
-    config["vocabulary"] = vocabulary
+    own_words = isinstance(tokenizer, WordTokenizer)
+    # a key of ours, which open_clip passes over
+    config["vocabulary"] = list(tokenizer.tokens) if own_words else None
     model = model.eval().requires_grad_(False).to(device)
     transforms = image_transform(model), image_transform(model, train=True)
     scale = model.logit_scale.exp().item()
     return Clip(model, *transforms, tokenizer, scale, torch.device(device), precision, config)
+
+
+def tokenizer_of(name: str, model: nn.Module) -> Callable:
+    """open_clip's; of a folder with the tiny CLIP's words, theirs."""
+    if name.startswith("local-dir:"):
+        file = Path(name.removeprefix("local-dir:"), "open_clip_config.json")
+        vocabulary = json.loads(file.read_text()).get("vocabulary")
+        if vocabulary:
+            return WordTokenizer(vocabulary, model.context_length)
+    return open_clip.get_tokenizer(name)
 
 
 def check_weights(name: str, pretrained: str) -> None:
@@ -716,8 +759,10 @@ def read_class_features(path: str, clip: Clip, class_names) -> torch.Tensor:
     try:
         given = np.load(path)
         features = torch.from_numpy(given).float()
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"--class-features {path}: {error}; {need}") from None
+    except OSError as error:
+        raise InputError(f"--class-features {path}: {error.strerror or error}; {need}") from None
+    except (ValueError, TypeError, AttributeError, EOFError):  # numpy would advise to run a pickle
+        raise InputError(f"--class-features {path}: no array of numbers; {need}") from None
     wrong = None
     if features.shape != shape:
         wrong = f"its shape is {tuple(features.shape)}"
@@ -743,6 +788,9 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     for key, value in (visual or clip.visual).state_dict().items():
         weights[f"visual.{key}"] = value
     weights = {key: value.cpu().contiguous() for key, value in weights.items()}
+    broken = [key for key, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"not exported: weights are not finite, {broken[0]} first")
     save_file(weights, folder / "open_clip_model.safetensors")
     write_json(folder / "open_clip_config.json", clip.config)
     write_json(folder / "classes.json", list(class_names))
@@ -815,9 +863,15 @@ def clip_classifier(visual, class_features: torch.Tensor, precision: str = "fp32
 
 @torch.no_grad()
 def outputs(function, images: ImageSet, device="cpu", batch_size=256, workers=0) -> torch.Tensor:
-    """What `function`, images (B, 3, h, w) -> (B, ...), says of all: (N, ...), on the CPU."""
+    """What `function`, images (B, 3, h, w) -> (B, ...), says of all: (N, ...), on the CPU.
+
+    Raises: InputError if it says nan, of which an accuracy would make a class.
+    """
     loader = DataLoader(images, batch_size, collate_fn=as_is, num_workers=workers)
-    return torch.cat([function(x.to(device)).cpu() for x, _ in loader])
+    found = torch.cat([function(x.to(device)).cpu() for x, _ in loader])
+    if found.isnan().any():
+        raise InputError("a model's outputs are nan: try a lower --lr, or look at its weights")
+    return found
 
 
 def evaluate(classify: Callable, tests: dict, device="cpu", workers=0, batch_size=256) -> dict:

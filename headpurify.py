@@ -231,8 +231,8 @@ def train(clip, class_features, task, row, seed: int) -> tuple:
         optimizer.zero_grad()
         scaled = scaler.scale(loss_cls), scaler.scale(loss_mmd)  # changes them in fp16 alone
         route_gradients(*scaled, trained, reached_now, row.alpha)
-        scaler.step(optimizer)
-        scaler.update()
+        where, loss = f"{row.name}, step {step} of seed {seed}", loss_cls + row.alpha * loss_mmd
+        common.take_step(optimizer, loss, where, batches, scaler)
         schedule.step()
         if step % (row.eval_every * steps_per_epoch) and step < steps:
             continue
@@ -499,7 +499,10 @@ OF_ALL_ROWS = [
     ("class-features", str, None, None, "(C, D) of any other prompt method, .npy; --prompt file"),
     ("drop", [str], None, None, "LAYER.HEAD ... for --study drop-heads; 1.1 is the first"),
 ]
-METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES)
+# {setting: rows that it has an effect on}
+NEEDS = {"lora-rank": "^lora", "full-lr": "full", "gate-lr": "dig", "strategy": "lora.dig"}
+NEEDS |= dict.fromkeys(("lr", "rank", "last-rank", "scale"), "lora")
+METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES, NEEDS)
 
 
 def settings():
@@ -511,6 +514,8 @@ def settings():
     args = common.settle(args)
     if args.class_features and "file" not in {row.prompt for row in args.rows.values()}:
         raise common.InputError("--class-features has no effect without --prompt file")
+    if args.drop and args.study != "drop-heads":
+        raise common.InputError("--drop has no effect without --study drop-heads")
     if args.figures and not args.rows[args.modes[-1]].gated:
         raise common.InputError(f"--figures needs gates in the last row, not {args.modes[-1]}")
     return args
@@ -520,6 +525,7 @@ def settings():
 def compare(args, task, run) -> None:
     """Train and test every row. The last is exported and analysed before it counts as finished."""
     clip, seed = args.clip, run.record["seed"]
+    common.check_batch_sizes(args.rows, task.train)
     for name, row in args.rows.items():
         if name in run.rows:
             continue
@@ -607,6 +613,8 @@ def main():
     augment = common.training_transform(args.clip, args.dataset)
     blocks(args.clip.visual)  # is this a ViT?
     head_places(args.clip.visual, args.drop or [])  # are these heads?
+    if args.class_features:  # are they these classes'?
+        common.read_class_features(args.class_features, args.clip, domains[0].images.classes)
     records = []
     for seed in args.seeds:
         if args.dataset.startswith("tiny-") and seed != args.seeds[0]:  # real data have no seed

@@ -157,13 +157,14 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
     options = {"lr": row.mapper_lr, "weight_decay": row.weight_decay}
     optimizer = torch.optim.AdamW(mapper.parameters(), **options)
     lowest, best = float("inf"), None
-    for _ in range(row.mapper_epochs):
+    for epoch in range(1, row.mapper_epochs + 1):
         for some in torch.randperm(len(features)).split(row.batch_size):
             batch = [values[some] for values in train]
             loss = mapper_loss(row, mapper, batch, class_features, scale, row.sigma, weights)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            where = f"the mapper's (--mapper-lr) epoch {epoch} of seed {seed}"
+            common.take_step(optimizer, loss, where)
         with torch.no_grad():
             loss = mapper_loss(row, mapper, holdout, class_features, scale, 0, weights).item()
         if loss < lowest:
@@ -225,6 +226,7 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
 
     Args: sets: (features (n, D), labels (n,)) of the source, then of every synthesised domain.
     Returns: a function, features (B, D) -> logits (B, C).
+    Raises: InputError at a loss, gradient or weight that is not finite.
     """
     torch.manual_seed(seed)
     features, labels = (torch.cat(values) for values in zip(*sets))
@@ -237,16 +239,14 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
     steps = -(-len(sets[0][0]) // row.batch_size)  # an epoch; the last batch may be smaller
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=row.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.epochs * steps)
-    for _ in range(row.epochs):
+    for epoch in range(1, row.epochs + 1):
         for some in torch.randperm(len(labels)).tensor_split(steps):
             loss = F.cross_entropy(classify(features[some]), labels[some])
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            where = f"{row.finetune}'s (--lr) epoch {epoch} of seed {seed}"
+            common.take_step(optimizer, loss, where)
             schedule.step()
-    if not loss.isfinite():
-        hint = f"try a lower --lr, now {lr:g}"
-        raise common.InputError(f"the loss of {row.finetune} is {loss.item()}; {hint}")
     return classify
 
 
@@ -504,8 +504,8 @@ def settings(argv=None):
     descriptions = {**words["descriptions"], **words.get(f"descriptions of {args.dataset}", {})}
     for given in args.descriptions:
         name, _, text = given.partition("=")
-        if "{}" not in text:
-            what = "has no {} where the name of the thing goes"
+        if not common.has_one_place(text):
+            what = f"needs {common.ONE_PLACE}"
             raise common.InputError(f"--descriptions: {name}={text!r} {what}")
         descriptions[common.slug(name)] = text
     args.descriptions = descriptions

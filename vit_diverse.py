@@ -293,7 +293,7 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     history = []
     for epoch in tqdm(range(1, row.epochs + 1), desc=f"lambda {weight:g}", disable=None):
         model.train()
-        for images, labels in loader:
+        for place, (images, labels) in enumerate(loader, start=1):
             labels = labels.to(row.device)
             with common.autocast(row.device, row.precision):
                 inputs = model.head_inputs(images.to(row.device))  # (H, B, N, D)
@@ -305,9 +305,10 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
                 loss_ig = input_gradient_loss(logits, inputs, row.normalize, row.reduce)
             optimizer.zero_grad()
             # L_IG holds gradients: its own gradient goes through the network a second time
-            scaler.scale(loss_erm + weight * loss_ig).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            loss = loss_erm + weight * loss_ig
+            scaler.scale(loss).backward()
+            where = f"epoch {epoch}, batch {place} of seed {seed}, lambda {weight:g}"
+            common.take_step(optimizer, loss, where, scaler=scaler)
         schedule.step()
         model.eval()
         found = {"epoch": epoch, "loss_erm": loss_erm.item(), "loss_ig": loss_ig.item()}
@@ -535,7 +536,8 @@ OF_ALL_ROWS = [
     ("protocol", ("one-model", "published"), "one-model", "one-model", PUBLISHED),
     ("download", bool, False, False, "mnist-cifar: fetch MNIST and CIFAR-10 if missing"),
 ]
-METHOD = common.Method("vit_diverse", SETTINGS, ROWS, STUDIES)
+NEEDS = {"div-lr": "div", "select-by": "sel"}  # rows that they have an effect on
+METHOD = common.Method("vit_diverse", SETTINGS, ROWS, STUDIES, NEEDS)
 
 
 def settings():
@@ -555,8 +557,6 @@ def settings():
         args.modes = lambda_rows(preset["lambda"] if given is None else given)
     args = common.settle(args, preset)
     for name, row in args.rows.items():
-        if "/div-lr=" in name and not row.diverse:
-            raise common.InputError(f"--modes {name}: div-lr has no effect on ERM")
         if row.diverse and "/lr=" not in name:
             row.lr = row.div_lr
     return args

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from prompts import encode_prompts, first_word
 from tiny_world import InputError, WordTokenizer
 from torch import nn
+from weights import hub_or_cache, why_not
 
 TINY_CLIP = Path(__file__).with_name("tiny_clip")
 
@@ -63,6 +64,8 @@ def learn_styles(model, tokenizer, names, device, steps: int) -> list[torch.Tens
             optimizer.step()
         styles = torch.cat([styles, features[:1].detach()])
         styled.append(features[1:].detach())
+        if not loss.isfinite():
+            raise InputError(f"style {number + 1}: the loss is {loss.item()}")
         print(f"style {number + 1} of {count}: loss {loss.item():.3f}", flush=True)
     return styled
 
@@ -87,6 +90,8 @@ def promptstyler(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    if not classifier.isfinite().all():
+        raise InputError("the classifier's weights are not finite")
     return F.normalize(classifier.detach(), dim=-1)
 
 
@@ -98,15 +103,17 @@ def load_clip(name: str, pretrained: str, device):
     tag = open_clip.get_pretrained_cfg(name, pretrained) or {}
     options = {"force_quick_gelu": tag.get("quick_gelu", False), "require_pretrained": True}
     try:
-        model = open_clip.create_model(name, None if ":" in name else pretrained, **options)
+        with hub_or_cache(asked=not name.startswith("local-dir:")):
+            model = open_clip.create_model(name, None if ":" in name else pretrained, **options)
+        model.to(device)
     except Exception as error:  # hub, file system and deserialiser fail in ways of their own
-        raise InputError(f"cannot load {name} ({pretrained}): {error}") from error
+        raise InputError(f"cannot load {name} ({pretrained}): {why_not(error)}") from error
     if name == f"local-dir:{TINY_CLIP}":
         config = json.loads((TINY_CLIP / "open_clip_config.json").read_text())
         tokenizer = WordTokenizer(config["vocabulary"], model.context_length)
     else:
         tokenizer = open_clip.get_tokenizer(name)
-    return model.eval().requires_grad_(False).to(device), tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def main():

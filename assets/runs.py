@@ -17,6 +17,7 @@ import torch
 
 from assets.settings import slug
 from assets.tiny_world import InputError
+from assets.weights import why_not
 
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
     "data_root device workers output resume seeds target source summary figures download study "
@@ -135,19 +136,24 @@ def make_folder(path: Path, keep: bool) -> list[Path]:
 def resume(run: Run, final: Path) -> None:
     """Fill a run with what an interrupted one left in its folder, or a complete one in `final`."""
     checkpoint, result = run.folder / "checkpoint.pt", final / "result.json"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        record, found = saved["record"], checkpoint
-    elif result.exists():
-        record, found = json.loads(result.read_text()), result
-        saved = {"settings": record.pop("settings"), "state": None}
-    else:
+    if not checkpoint.exists() and not result.exists():
         return
+    found = checkpoint if checkpoint.exists() else result
+    try:
+        if found == checkpoint:
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        else:
+            record = json.loads(result.read_text())
+            saved = {"settings": record.pop("settings"), "record": record, "state": None}
+        record, before = saved["record"], saved["settings"]
+    except Exception as error:  # whatever a file that is something else makes of its readers
+        hint = "remove it, or leave --resume out"
+        raise InputError(f"--resume: cannot read {found}: {why_not(error)}; {hint}") from None
     changed = []
     for key in run.settings:
-        before, now = saved["settings"].get(key), run.settings[key]
-        if before != now:
-            changed.append(f"{key} {before!r}, now {now!r}")
+        then, now = before.get(key), run.settings[key]
+        if then != now:
+            changed.append(f"{key} {then!r}, now {now!r}")
     if changed:
         raise InputError(
             f"--resume: {found} has other settings ({'; '.join(changed)}); give those, or leave "

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,17 +33,21 @@ def slug(text: str) -> str:
 
 
 # ---------- Kinds of settings ---------------------------------------------------------------------
-def at_least(low: float, number: Callable = int) -> Callable:
-    """A kind of setting: a finite number that is `low` or more; whole unless `number` is float."""
+LARGEST = 1e30  # float32 ends at 3e38, and optimizers multiply what they are given
+
+
+def at_least(low: float, number: Callable = int, most: float = LARGEST) -> Callable:
+    """A kind of setting: a number from `low` to `most`; whole unless `number` is float."""
 
     def read(text: str):
         try:
             value = number(text)
         except (ValueError, OverflowError):
             value = math.nan
-        if not low <= value < math.inf:
+        if not low <= value <= most:
             whole = "a whole number" if number is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {whole}, at least {low}, got {text}")
+            limit = f", at most {most:.10g}" if value > most else ""
+            raise argparse.ArgumentTypeError(f"must be {whole}, at least {low}{limit}, got {text}")
         return value
 
     return read
@@ -64,6 +69,22 @@ def share(text: str) -> float:
     return value
 
 
+ONE_PLACE = "{} once, where the name goes, and no other brace"
+
+
+def has_one_place(text: str) -> bool:
+    """Is there exactly one {} in a text, and no other brace that `str.format` would act on?"""
+    rest = text.replace("{}", "", 1)
+    return rest != text and "{" not in rest and "}" not in rest
+
+
+def prompt_template(text: str) -> str:
+    """A kind of setting: a text with a place for a name, or `ensemble`."""
+    if text != "ensemble" and not has_one_place(text):
+        raise argparse.ArgumentTypeError(f"a template needs {ONE_PLACE}, got {text!r}")
+    return text
+
+
 COMMON_SETTINGS = [
     ("data-root", str, "data", "data", "folder that holds the benchmarks' folders"),
     ("cue", share, None, None, "tiny data: share of images on their class's background"),
@@ -71,7 +92,7 @@ COMMON_SETTINGS = [
     ("pretrained", str, None, None, "tag or file (openai; its weights in a FILE: NAME-quickgelu)"),
     ("device", str, "auto", "auto", "auto, cpu, cuda, cuda:1 or mps"),
     ("precision", ("auto", "fp32", "bf16", "fp16"), "auto", "auto", "auto: bf16 where a GPU can"),
-    ("workers", at_least(0), None, None, "processes that read images (4; tiny data 0)"),
+    ("workers", at_least(0, most=1024), None, None, "processes that read images (4; tiny data 0)"),
     ("output", Path, Path("runs"), Path("runs"), "folder of all runs"),
     ("summary", Path, None, None, "also write the records of all runs to this JSON file"),
     # not given is None: so runs from before there was this flag can be continued
@@ -83,7 +104,7 @@ COMMON_SETTINGS = [
 
 TARGET = ("target", str, "sketch", "sketch", "held-out domain: name, its start, number, or all")
 PROMPT = ["a photo of a {}."]
-TEMPLATES = ("templates", [str], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
+TEMPLATES = ("templates", [prompt_template], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,12 +116,16 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Method:
-    """What a script has to offer: its settings, and the rows and studies they are compared in."""
+    """What a script has to offer: its settings, and the rows and studies they are compared in.
+
+    needs: {setting: pattern} of settings without effect on rows whose name does not match.
+    """
 
     name: str
     settings: list[tuple]
     rows: dict[str, dict]
     studies: dict[str, list[str]]
+    needs: dict[str, str] = field(default_factory=dict)
 
 
 def add_settings(group, settings: list[tuple]) -> None:
@@ -142,13 +167,16 @@ def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=
     data.add_argument("--modes", nargs="+", metavar="ROW", help=rows)
     study = "a comparison of the paper in place of --modes; writes results/<method>-<study>-..."
     data.add_argument("--study", choices=method.studies, help=study)
-    data.add_argument("--seeds", "--seed", type=at_least(0), nargs="+", default=[0])
+    seed = at_least(0, most=10**9)  # generators count on from 1000 times it
+    data.add_argument("--seeds", "--seed", type=seed, nargs="+", default=[0])
     add_settings(data, more)
     add_settings(parser.add_argument_group("method and training"), method.settings)
     add_settings(parser.add_argument_group("model, device, output"), COMMON_SETTINGS)
     args = parser.parse_args(argv)
     if args.study and args.modes:
         raise InputError("--study and --modes both say what to compare: give one of them")
+    if len({*args.seeds}) < len(args.seeds):
+        raise InputError(f"--seeds: one is given twice, {' '.join(map(str, args.seeds))}")
     args.modes = method.studies[args.study] if args.study else args.modes or modes
     args.method, args.more = method, list(more)
     return args
@@ -178,17 +206,43 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
     if args.study:
         name = f"{args.method.name}-{args.study}-{slug(args.dataset)}.json"
         preset.setdefault("summary", Path("results", name))
+    refuse_idle(args)
     for name, _, default, tiny, _ in [*COMMON_SETTINGS, *args.more, *args.method.settings]:
         key = name.replace("-", "_")
         if getattr(args, key) is None:
             usual = tiny if args.model == "tiny" else default
             setattr(args, key, preset.get(key, usual))
-    if args.summary and not args.summary.parent.is_dir():
-        folder = args.summary.parent
-        raise InputError(f"--summary {args.summary}: there is no folder {folder}; make it first")
+    if args.summary:
+        check_summary(args.summary)
     settle_device(args)
     args.rows = {text: read_row(text, args) for text in args.modes}
     return args
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Raises: InputError for a setting that was given and has no effect on any row, or for one that
+    a row has of its own and that has none on it; see `Method`."""
+    for setting, pattern in args.method.needs.items():
+        names = [text.split("/")[0] for text in args.modes]
+        given = getattr(args, setting.replace("-", "_")) is not None
+        if given and not any(re.search(pattern, name) for name in names):
+            raise InputError(f"--{setting} has no effect on any row: {' '.join(args.modes)}")
+        for text, name in zip(args.modes, names):
+            if f"/{setting}=" in text and not re.search(pattern, name):
+                raise InputError(f"--modes {text}: {setting} has no effect on {name}")
+
+
+def check_summary(path: Path) -> None:
+    """Raises: InputError if no file can be written there, before hours of training."""
+    wrong = None
+    if path.is_dir():
+        wrong = "it is a folder; give a file in it"
+    elif not path.parent.is_dir():
+        wrong = f"there is no folder {path.parent}; make it first"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        wrong = "it cannot be written"
+    if wrong:
+        raise InputError(f"--summary {path}: {wrong}")
 
 
 def settle_device(args: argparse.Namespace) -> None:
@@ -196,13 +250,21 @@ def settle_device(args: argparse.Namespace) -> None:
     wanted = args.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    hint = "use auto, cpu, cuda, cuda:1 or mps"
     try:
         args.device = torch.device(wanted)
     except RuntimeError:
-        hint = "use auto, cpu, cuda, cuda:1 or mps"
         raise InputError(f"--device {wanted!r} is not a device; {hint}") from None
-    if args.device.type == "cuda" and not torch.cuda.is_available():
+    kind = args.device.type
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: PyTorch sees no GPU here; use --device cpu")
+    if kind == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise InputError(f"--device {args.device}: GPUs are cuda:0 ... cuda:{last} here")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {args.device}: PyTorch sees none here; use --device cpu")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {wanted!r} cannot train; {hint}")
     if args.precision == "fp16" and args.device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
     if args.precision == "auto":

@@ -16,6 +16,7 @@ import torchvision
 from torch import nn
 
 from assets.tiny_world import InputError
+from assets.weights import why_not
 
 
 # ---------- Layers -------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def torchvision_vit(pretrained: str | None) -> nn.Module:
             state = torch.load(pretrained, map_location="cpu", weights_only=True)
             vit.load_state_dict(state)
     except Exception as error:  # download, file and format can each fail in their own ways
-        why = f"{pretrained or weights}: {str(error).splitlines()[0]}"
+        why = f"{pretrained or weights}: {why_not(error)}"
         hint = "Offline? Give torchvision's file with --pretrained FILE, or use --model tiny."
         raise InputError(f"cannot load vit_b_16's weights {why}\n  {hint}") from error
     preprocess = {"size": 224, "interpolation": "bilinear"}

@@ -542,37 +542,6 @@ def test_drop_heads(call_main, small_world, small_samples, tmp_path):
             assert lines[order] == [f"{100 * accuracy:.1f}" for accuracy in accuracies]
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ("--modes lroa", ("'lroa'", "did you mean 'lora'")),
-        ("--modes lora/seeds=3", ("'seeds=3'", "may set")),
-        ("--modes lora/lora-rank=four", ("--lora-rank", "'four'")),
-        ("--modes lora/rank=0", ("--rank", "at least 1", "got 0")),
-        ("--lr nan", ("--lr", "got nan")),
-        ("--modes lora --figures", ("--figures", "lora")),
-        ("--study drop-heads --drop 7.2", ("--drop 7.2", "1.1 ... 6.6")),
-        ("--study drop-heads --drop two", ("--drop two", "1.1 ... 6.6")),
-        ("--modes zero-shot --prompt file", ("--class-features", "(7, 64)", "dog")),
-        ("--prompt file --class-features wrong.npy", ("wrong.npy", "(3, 64)", "(7, 64)", "dog")),
-        ("--prompt file --class-features turned.npy", ("turned.npy", "(64, 7)", "(7, 64)")),
-        ("--prompt file --class-features nan.npy", ("nan.npy", "finite", "(7, 64)")),
-        ("--prompt file --class-features zero.npy", ("zero.npy", "a row of it is 0")),
-        ("--prompt file --class-features words.npy", ("words.npy", "(7, 64)")),
-        ("--class-features wrong.npy", ("--class-features", "--prompt file")),
-    ],
-)
-def test_wrong_settings_are_one_clear_error(call_main, small_world, tmp_path, arguments, words):
-    np.save(tmp_path / "wrong.npy", np.zeros((3, 64)))
-    np.save(tmp_path / "turned.npy", np.ones((64, 7)))
-    np.save(tmp_path / "nan.npy", np.full((7, 64), np.nan))
-    np.save(tmp_path / "zero.npy", np.zeros((7, 64)))
-    (tmp_path / "words.npy").write_text("no array")
-    error = call_main(headpurify.main, arguments)
-    assert all(word in error for word in words), error
-    assert not (tmp_path / "runs").exists() and not list((tmp_path / "results").iterdir())
-
-
 def test_class_features_from_a_file(call_main, small_world, tmp_path):
     """Those of the default prompt, scaled and from a file, give its accuracies."""
     classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]

@@ -258,9 +258,8 @@ def test_losses_that_are_not_finite_are_said():
     holdout = [train[0] * math.nan, *train[1:]]
     with pytest.raises(common.InputError, match="mapper's loss is nan; try a lower --mapper-lr"):
         ldfs.train_mapper(row_of(), train, holdout, names, 10.0, seed=0)
-    with pytest.raises(
-        common.InputError, match="loss of probe is nan; try a lower --lr, now 0.003"
-    ):
+    match = r"probe's \(--lr\) epoch 1 of seed 0, learning rate 0.003: the loss is nan"
+    with pytest.raises(common.InputError, match=match):
         ldfs.fine_tune(row_of(), Toy, "abc", names, [holdout[:2]], seed=0)
 
 
@@ -845,35 +844,6 @@ def test_caption_file(command, pacs_tree, tmp_path, few_images):
     error = command(f"--captioner file --caption-file said.json {QUICK}")
     assert error.startswith("error: --caption-file")
     assert not list((tmp_path / "runs" / "ldfs").glob(".*"))
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ("--dataset tiny-pac", ("unknown data set 'tiny-pac'", "'tiny-pacs'", "waterbirds")),
-        ("--source phto", ("unknown source 'phto'", "did you mean 'photo'")),
-        ("--targets skech", ("unknown target 'skech'", "did you mean 'sketch'")),
-        ("--targets sketch photo", ("--targets names 'photo', the source",)),
-        ("--descriptions sketch=pencil", ("--descriptions", "sketch='pencil'", "{}")),
-        ("--captioner file", ("--captioner file needs --caption-file",)),
-        ("--caption-file x", ("--caption-file has no effect",)),
-        ("--sigma -1", ("--sigma", "at least 0", "-1")),
-        ("--hidden 0", ("--hidden", "at least 1", "0")),
-        ("--lr nan", ("--lr", "nan")),
-        ("--modes ldfs/sigm=1", ("sigm", "did you mean 'sigma'")),
-        ("--dataset domainnet-mini", ("'domainnet-mini' is not in data/domain_net", "tiny-office")),
-        ("--dataset cub-paintings", ("data/CUB-200-Painting", "CUB_200_2011")),
-        ("--dataset waterbirds", ("tiny-waterbirds",)),
-        ("--dataset tiny-waterbirds --targets air", ("unknown target 'air'", "water, land")),
-        ("--dataset tiny-waterbirds --source photo", ("--source photo has no effect",)),
-        ("--templates zebra{}", ("zebra",)),
-    ],
-)
-def test_wrong_flag_is_one_clear_error(command, few_images, few_birds, tmp_path, arguments, words):
-    (tmp_path / "data").mkdir()
-    error = command(arguments)
-    assert error.startswith("error: ") and all(word in error for word in words), error
-    assert not (tmp_path / "runs").exists()
 
 
 def test_bad_folders_are_one_clear_error(command, mini, cub, pacs_tree):
