@@ -48,6 +48,9 @@ from assets.benchmarks import (
     read_waterbirds_table,
 )
 from assets.command import command as command
+from assets.files import replacing, write_json
+from assets.files import write_arrays as write_arrays
+from assets.files import write_tensors as write_tensors
 from assets.pictures import plot_heat as plot_heat
 from assets.pictures import plot_images as plot_images
 from assets.pictures import plot_panels as plot_panels
@@ -70,7 +73,6 @@ from assets.report import target_table as target_table
 from assets.report import value_table as value_table
 from assets.runs import Run as Run
 from assets.runs import open_run as open_run
-from assets.runs import write_json
 from assets.settings import TARGET as TARGET
 from assets.settings import TEMPLATES as TEMPLATES
 from assets.settings import Method as Method
@@ -81,6 +83,7 @@ from assets.settings import positive as positive
 from assets.settings import settle as settle
 from assets.settings import share as share
 from assets.settings import slug as slug
+from assets.stop import stop_if_asked
 from assets.tiny_world import (
     OFFICE_CLASSES,
     PACS_CLASSES,
@@ -735,15 +738,16 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     `classes.json` lie beside the weights, so that the classifier is complete.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = clip.model.state_dict()
     for key, value in (visual or clip.visual).state_dict().items():
         weights[f"visual.{key}"] = value
     weights = {key: value.cpu().contiguous() for key, value in weights.items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
+    with replacing(folder / "open_clip_model.safetensors") as file:
+        save_file(weights, file)
     write_json(folder / "open_clip_config.json", clip.config)
     write_json(folder / "classes.json", list(class_names))
-    np.save(folder / "class_features.npy", class_features.cpu().numpy())
+    with replacing(folder / "class_features.npy") as file:
+        np.save(file, class_features.cpu().numpy())
 
 
 # ---------- 5. MMD -------------------------------------------------------------------------------
@@ -814,7 +818,11 @@ def clip_classifier(visual, class_features: torch.Tensor, precision: str = "fp32
 def outputs(function, images: ImageSet, device="cpu", batch_size=256, workers=0) -> torch.Tensor:
     """What `function`, images (B, 3, h, w) -> (B, ...), says of all: (N, ...), on the CPU."""
     loader = DataLoader(images, batch_size, collate_fn=as_is, num_workers=workers)
-    return torch.cat([function(x.to(device)).cpu() for x, _ in loader])
+    found = []
+    for x, _ in loader:
+        found.append(function(x.to(device)).cpu())
+        stop_if_asked()
+    return torch.cat(found)
 
 
 def evaluate(classify: Callable, tests: dict, device="cpu", workers=0, batch_size=256) -> dict:

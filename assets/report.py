@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from assets.files import write_json
 from assets.pictures import plot_dots, plot_panels
-from assets.runs import write_json
 
 
 # ---------- Numbers ------------------------------------------------------------------------------
