@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -21,8 +22,9 @@ def command(main: Callable) -> None:
             else:
                 main()
     except stop.Stopped as stopped:
-        print("stopped;", stopped, file=sys.stderr)
-        sys.exit(128 + stop.heard.number)
+        number = stop.heard.number
+        print(f"stopped by {signal.Signals(number).name};", stopped, file=sys.stderr)
+        sys.exit(128 + number)
     except InputError as error:
         print("error:", message_of(error), file=sys.stderr)
         sys.exit(2)

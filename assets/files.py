@@ -42,7 +42,9 @@ def replacing(path):
 
 
 def in_short(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """What went wrong, in one line: the system's words, where torch only tells what followed."""
+    while not isinstance(error, OSError) and error.__context__:
+        error = error.__context__
     text = getattr(error, "strerror", None) or str(error)
     return text.splitlines()[0]
 
