@@ -21,7 +21,6 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -520,7 +519,7 @@ def draw_figures(args, class_features: torch.Tensor, folder: Path) -> None:
     panels = {rf"$\theta_t$ after {steps} steps": final, r"$\theta_0$ after t steps": start}
     path = folder / "averages.png"
     common.plot_panels(panels, "t", "weight in the average", path, yscale="log")
-    np.savez(folder / "analysis.npz", **numbers)
+    common.write_arrays(folder / "analysis.npz", **numbers)
 
 
 # ---------- main ---------------------------------------------------------------------------------

@@ -47,6 +47,9 @@ from assets.benchmarks import (
     read_own_folders,
 )
 from assets.command import command as command
+from assets.files import replacing, write_json
+from assets.files import write_arrays as write_arrays
+from assets.files import write_tensors as write_tensors
 from assets.images import leave_out_broken
 from assets.images import read_image as read_image
 from assets.pictures import plot_heat as plot_heat
@@ -71,7 +74,6 @@ from assets.report import target_table as target_table
 from assets.report import value_table as value_table
 from assets.runs import Run as Run
 from assets.runs import open_run as open_run
-from assets.runs import write_json
 from assets.settings import ONE_PLACE as ONE_PLACE
 from assets.settings import TARGET as TARGET
 from assets.settings import TEMPLATES as TEMPLATES
@@ -85,6 +87,7 @@ from assets.settings import prompt_template as prompt_template
 from assets.settings import settle as settle
 from assets.settings import share as share
 from assets.settings import slug as slug
+from assets.stop import stop_if_asked
 from assets.tiny_world import (
     OFFICE_CLASSES,
     PACS_CLASSES,
@@ -783,7 +786,6 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     `classes.json` lie beside the weights, so that the classifier is complete.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = clip.model.state_dict()
     for key, value in (visual or clip.visual).state_dict().items():
         weights[f"visual.{key}"] = value
@@ -791,10 +793,12 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     broken = [key for key, value in weights.items() if not value.isfinite().all()]
     if broken:
         raise InputError(f"not exported: weights are not finite, {broken[0]} first")
-    save_file(weights, folder / "open_clip_model.safetensors")
+    with replacing(folder / "open_clip_model.safetensors") as file:
+        save_file(weights, file)
     write_json(folder / "open_clip_config.json", clip.config)
     write_json(folder / "classes.json", list(class_names))
-    np.save(folder / "class_features.npy", class_features.cpu().numpy())
+    with replacing(folder / "class_features.npy") as file:
+        np.save(file, class_features.cpu().numpy())
 
 
 # ---------- 5. MMD -------------------------------------------------------------------------------
@@ -868,7 +872,11 @@ def outputs(function, images: ImageSet, device="cpu", batch_size=256, workers=0)
     Raises: InputError if it says nan, of which an accuracy would make a class.
     """
     loader = DataLoader(images, batch_size, collate_fn=as_is, num_workers=workers)
-    found = torch.cat([function(x.to(device)).cpu() for x, _ in loader])
+    found = []
+    for x, _ in loader:
+        found.append(function(x.to(device)).cpu())
+        stop_if_asked()
+    found = torch.cat(found)
     if found.isnan().any():
         raise InputError("a model's outputs are nan: try a lower --lr, or look at its weights")
     return found

@@ -439,7 +439,7 @@ def analyse(args, task, run, visual, gates, class_features) -> None:
     for name, tower in {"CLIP": clip.visual, "purified": visual}.items():
         maps = cls_attention(tower, pixels.to(clip.device)).cpu()
         numbers[f"attention {name}"] = maps.unflatten(-1, tower.grid_size)  # (L, 8, H, h, w)
-    np.savez(run.folder / "analysis.npz", **numbers)
+    common.write_arrays(run.folder / "analysis.npz", **numbers)
 
 
 # ---------- What the paper compares --------------------------------------------------------------

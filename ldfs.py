@@ -326,7 +326,7 @@ def write_pictures(args, folder, made, train, targets):
         for row, own in rows.items():
             arrays[f"{target}, {row}"] = own.features.cpu()
     if args.figures:
-        np.savez(folder / "analysis.npz", **arrays)
+        common.write_arrays(folder / "analysis.npz", **arrays)
 
 
 # ---------- Who may see what, and when -----------------------------------------------------------

@@ -443,7 +443,7 @@ def train_and_look(name: str, row, sets: dict, run, seed: int) -> tuple:
     history = train(model, sets, row, seed)
     after = head_cosine(model, images)
     print(f"{name}: |cosine| of input gradients {before:.3f}, trained {after:.3f}")
-    torch.save(model.state_dict(), run.folder / f"{common.slug(name)}.pt")
+    common.write_tensors(run.folder / f"{common.slug(name)}.pt", model.state_dict())
     heads = {}
     for part in ("val_ood", "test_id", "test_ood"):
         heads[part] = collect_heads(model, sets[part], row)  # (N, H, d)
@@ -500,7 +500,7 @@ def save_heads(run) -> None:
         for key in ("robust", "spurious", "correlation"):
             if key in seen:
                 numbers[f"{name} {key}"] = seen[key]
-    np.savez(run.folder / "analysis.npz", **numbers)
+    common.write_arrays(run.folder / "analysis.npz", **numbers)
 
 
 # ---------- Settings: name, kind, default, default with the tiny CLIP, help ----------------------

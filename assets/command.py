@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
+from assets import stop
 from assets.report import report_average
 from assets.tiny_world import InputError
 
 
 def command(main: Callable) -> None:
     """Run a script's `main`, for each name of --dataset; an `InputError` becomes one clear message
-    and exit code 2."""
+    and exit code 2. After Ctrl-C it is 130, after SIGTERM 143, as a shell has it."""
     try:
-        lines = command_lines(sys.argv[1:])
-        if len(lines) > 1:
-            several(main, lines)
-        else:
-            main()
+        with stop.listening():
+            lines = command_lines(sys.argv[1:])
+            if len(lines) > 1:
+                several(main, lines)
+            else:
+                main()
+    except stop.Stopped as stopped:
+        number = stop.heard.number
+        print(f"stopped by {signal.Signals(number).name};", stopped, file=sys.stderr)
+        sys.exit(128 + number)
     except InputError as error:
         print("error:", message_of(error), file=sys.stderr)
         sys.exit(2)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from assets.stop import stop_if_asked
 from assets.tiny_world import InputError
 
 
@@ -45,6 +46,7 @@ def silence(visual: nn.Module, layer: int, head: int) -> None:
 @torch.no_grad()
 def loss_of(visual: nn.Module, class_features, logit_scale: float, images, labels) -> float:
     """Cross-entropy of images (B, 3, h, w) against class features (C, D)."""
+    stop_if_asked()
     features = F.normalize(visual(images), dim=-1)  # (B, D)
     return F.cross_entropy(logit_scale * (features @ class_features.T), labels).item()
 

@@ -11,6 +11,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from assets.files import replacing
+
 matplotlib.use("Agg")  # no window
 
 
@@ -21,7 +23,8 @@ def make_panels(rows: int, columns: int, width: float, height: float, **options)
 
 
 def save_figure(figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
 
 

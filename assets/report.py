@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from assets.files import write_json
 from assets.images import left_out
 from assets.pictures import plot_dots, plot_panels
-from assets.runs import write_json
 
 
 # ---------- Numbers ------------------------------------------------------------------------------

@@ -15,9 +15,16 @@ from pathlib import Path
 
 import torch
 
+from assets import stop
+from assets.files import PARTIAL, write_json, write_tensors
 from assets.settings import slug
 from assets.tiny_world import InputError
 from assets.weights import why_not
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
     "data_root device workers output resume seeds target source summary figures download study "
@@ -34,6 +41,7 @@ class Run:
     record: dict  # {"target", "seed", "rows": {row: {measure: number}}, "extra"}
     complete: bool = False
     state: dict | None = None  # of a row that was interrupted
+    within_row: bool = False  # does the checkpoint hold a state?
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -52,22 +60,23 @@ class Run:
 
     def save(self, state: dict | None = None) -> None:
         """Replace the checkpoint in one go: a kill while it is written leaves the one before."""
+        self.within_row = bool(state)
         saved = {"settings": self.settings, "record": self.record, "state": state}
-        replace_file(self.folder / "checkpoint.pt", saved)
+        write_tensors(self.folder / "checkpoint.pt", saved)
 
+    def keep(self) -> str:
+        """Of a run that does not end: keep its checkpoint, if it has one, and else nothing.
 
-def replace_file(path: Path, value) -> None:
-    """torch.save in one go. Raises: InputError if it cannot be written; the file before stays."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error}; make room, then --resume") from None
+        Returns: what is kept, in words.
+        """
+        if not (self.folder / "checkpoint.pt").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return ""
+        rows = len(self.rows)
+        kept = f"{rows} finished row{'s' * (rows != 1)}"
+        if self.within_row:
+            kept += " and the last checkpoint"
+        return f"kept in {self.folder}: {kept}; --resume continues"
 
 
 @contextlib.contextmanager
@@ -77,9 +86,10 @@ def open_run(args, target: str, seed: int, label: str = ""):
     It appears as OUTPUT/<method>/<study>/<data set>-<label>-<target>-seed<seed> when the run is
     complete; until then it is called .<name>.partial. With --resume a complete run is read
     (`run.complete`) and an interrupted one continued, if its settings are these. A run that fails
-    leaves its checkpoint, if it has one, and else nothing.
+    or is stopped leaves its checkpoint, if it has one, and else nothing.
 
-    Raises: InputError if the place cannot be written, or holds a run with other settings.
+    Raises: InputError if the place cannot be written, is another process's, or holds a run with
+    other settings; Stopped if a signal came.
     """
     name = slug("-".join(part for part in (args.dataset, label, target, f"seed{seed}") if part))
     final = args.output / args.method.name / (args.study or "") / name
@@ -87,40 +97,56 @@ def open_run(args, target: str, seed: int, label: str = ""):
     settings = json.loads(json.dumps({**settings, "target": target, "seed": seed}, default=str))
     record = {"target": target, "seed": seed, "rows": {}, "extra": {}}
     run = Run(final.with_name(f".{name}.partial"), settings, record)
-    old = final.with_name(f".{name}.old")
-    if old.exists() and not final.exists():  # a kill came while the new run took its place
-        old.rename(final)
-    if args.resume:
-        resume(run, final)
-    if run.complete:
-        yield run
-        return
-    made = make_folder(run.folder, keep=bool(run.rows or run.state))
+    with stop.in_steps(), parents(final), locked(final.with_name(f".{name}.lock")):
+        old = final.with_name(f".{name}.old")
+        if old.exists() and not final.exists():  # a kill came while the new run took its place
+            old.rename(final)
+        shutil.rmtree(old, ignore_errors=True)  # or just after that
+        if args.resume:
+            resume(run, final)
+        if run.complete:
+            yield run
+            return
+        make_folder(run.folder, keep=bool(run.rows or run.state))
+        try:
+            yield run
+            run.record = json.loads(json.dumps(run.record))
+            write_json(run.folder / "result.json", {"settings": settings, **run.record})
+        except BaseException as error:
+            kept = run.keep()
+            # a signal to all processes also ends readers, which is a RuntimeError here
+            if stop.was_asked() and isinstance(error, (stop.Stopped, RuntimeError)):
+                raise stop.Stopped(kept or stop.RUNS_ARE_KEPT) from None
+            if kept:
+                print(kept, flush=True)
+            raise
+        if final.exists():
+            final.rename(old)
+        run.folder.rename(final)
+        (final / "checkpoint.pt").unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+        run.folder = final
+
+
+@contextlib.contextmanager
+def parents(folder: Path):
+    """Make the folders above one. Those that a failure leaves empty go again.
+
+    Raises: InputError if they cannot be made.
+    """
+    missing = [above for above in folder.parents if not above.exists()]
+    make_folder(folder.parent, keep=True)
     try:
-        yield run
-        run.record = json.loads(json.dumps(run.record))
-        write_json(run.folder / "result.json", {"settings": settings, **run.record})
+        yield
     except BaseException:
-        if (run.folder / "checkpoint.pt").exists():
-            print(f"{len(run.rows)} finished rows are kept: --resume continues", flush=True)
-        else:
-            shutil.rmtree(run.folder, ignore_errors=True)
-        for folder in made:
+        for above in missing:  # the deepest first
             with contextlib.suppress(OSError):  # it holds other runs, or the checkpoint
-                folder.rmdir()
+                above.rmdir()
         raise
-    if final.exists():
-        final.rename(old)
-    run.folder.rename(final)
-    (final / "checkpoint.pt").unlink(missing_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
-    run.folder = final
 
 
-def make_folder(path: Path, keep: bool) -> list[Path]:
-    """Make an empty folder (with `keep`, leave what it holds). Returns: the folders above it that
-    had to be made, the deepest first. Raises: InputError if it cannot be made."""
-    missing_folders = [folder for folder in path.parents if not folder.exists()]
+def make_folder(path: Path, keep: bool) -> None:
+    """Make an empty folder; with `keep`, leave what it holds. Raises: InputError if that fails."""
     try:
         if path.exists() and not keep:
             shutil.rmtree(path)
@@ -128,9 +154,52 @@ def make_folder(path: Path, keep: bool) -> list[Path]:
     except OSError as error:
         why = error.strerror or error
         raise InputError(
-            f"cannot write results to {path.parent}: {why}; choose another --output"
+            f"cannot write results to {path}: {why}; choose another --output"
         ) from None
-    return missing_folders
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Keep other processes out of a run: by a lock on a file beside its folder, while it lasts.
+
+    The kernel takes the lock back when its process ends, also by a kill, and processes that read
+    images do not inherit it. Where there are no such locks, as on Windows and on some network file
+    systems, nothing keeps others out.
+
+    Raises: InputError if another process has it.
+    """
+    file = take_lock(path)
+    try:
+        yield
+    finally:
+        if file:
+            path.unlink(missing_ok=True)  # before the lock is free, see `take_lock`
+            file.close()
+
+
+def take_lock(path: Path):
+    """An open file and a lock on it; None where that cannot be had."""
+    while fcntl:
+        try:
+            file = path.open("a")
+        except OSError:  # nothing can be written here: `make_folder` says so, if anything shall
+            return None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise InputError(
+                f"another process is at this run ({path}): wait for it, or choose another --output"
+            ) from None
+        except OSError:  # a file system without locks
+            file.close()
+            path.unlink()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # of a run that ended just now, and removed it
+    return None
 
 
 def resume(run: Run, final: Path) -> None:
@@ -142,6 +211,8 @@ def resume(run: Run, final: Path) -> None:
     try:
         if found == checkpoint:
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            for left in run.folder.rglob(f"{PARTIAL}*"):  # by a kill
+                left.unlink()
         else:
             record = json.loads(result.read_text())
             saved = {"settings": record.pop("settings"), "record": record, "state": None}
@@ -160,11 +231,8 @@ def resume(run: Run, final: Path) -> None:
             "--resume out to start anew"
         )
     run.record, run.state, run.complete = record, saved["state"], found == result
+    run.within_row = bool(run.state)
     if run.complete:
         run.folder = final
         (final / "checkpoint.pt").unlink(missing_ok=True)
     print(f"--resume: found {found}", flush=True)
-
-
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n")
