@@ -46,6 +46,7 @@ from assets.benchmarks import (
     read_dataset,
     read_own_folders,
 )
+from assets.class_features import read_class_features as read_class_features
 from assets.command import command as command
 from assets.files import replacing, write_json
 from assets.files import write_arrays as write_arrays
@@ -750,32 +751,6 @@ def check_weights(name: str, pretrained: str) -> None:
     if pretrained not in tags and not Path(pretrained).is_file():
         wrong = f"--pretrained {pretrained!r} is neither a file nor a tag of {name}"
         raise InputError(f"{wrong}; its tags are: {', '.join(tags)}")
-
-
-def read_class_features(path: str, clip: Clip, class_names) -> torch.Tensor:
-    """Class features (C, D) of any other prompt method, from a .npy file; made unit-norm.
-
-    Raises: InputError if the file is not one such array, with a row that is not 0 for each class.
-    """
-    shape = tuple(clip.class_features(class_names).shape)
-    need = f"needed is a {shape} array in .npy, a row for each of {', '.join(class_names)}"
-    try:
-        given = np.load(path)
-        features = torch.from_numpy(given).float()
-    except OSError as error:
-        raise InputError(f"--class-features {path}: {error.strerror or error}; {need}") from None
-    except (ValueError, TypeError, AttributeError, EOFError):  # numpy would advise to run a pickle
-        raise InputError(f"--class-features {path}: no array of numbers; {need}") from None
-    wrong = None
-    if features.shape != shape:
-        wrong = f"its shape is {tuple(features.shape)}"
-    elif not features.isfinite().all():
-        wrong = "not all of its numbers are finite"
-    elif not features.norm(dim=1).all():
-        wrong = "a row of it is 0"
-    if wrong:
-        raise InputError(f"--class-features {path}: {wrong}; {need}")
-    return F.normalize(features, dim=-1).to(clip.device)
 
 
 def export_clip(clip: Clip, folder, class_features, class_names, visual=None) -> None:
