@@ -1,5 +1,6 @@
 """Readers of benchmarks on trees in their layouts; lists and folders as people have them."""
 
+import argparse
 import json
 import re
 import shutil
@@ -491,3 +492,20 @@ def test_skip_broken_is_one_of_a_runs_settings(call_main, pacs_tree):
     assert "--resume: found" in call_main(headpurify.main, f"{line} --resume")
     error = call_main(headpurify.main, f"{line} --resume --skip-broken")
     assert "other settings (skip_broken None, now True)" in error
+
+
+def test_sets_with_parts_are_tried_too(imagenet, birds):
+    args = argparse.Namespace(data_root=birds(BIRDS), cue=None, skip_broken=True)
+    args.dataset, args.task = "imagenet", "domain-shift"
+    folder = imagenet / "imagenet" / "images" / "train" / "n01440764"
+    (folder / "0.JPEG").write_bytes(b"")
+    folder = imagenet / "imagenetv2" / "imagenetv2-matched-frequency-format-val" / "3"
+    (folder / "1.JPEG").write_bytes(b"")
+    parts = clipood.load_data(args, 0)
+    sizes = {"train": 23, "val": 24, "test": 24, "imagenetv2": 23, "imagenet-sketch": 24}
+    sizes |= {"imagenet-a": 8, "imagenet-r": 8}
+    assert {part: len(own) for part, own in parts.items()} == sizes
+    args.dataset = "waterbirds"
+    (imagenet / "waterbird_complete95_forest2water2" / "b.png").write_bytes(b"")
+    usual, water, _ = ldfs.read_domains(args, 0)
+    assert [Path(file).name for file in usual.images.images] == ["a.png"]
