@@ -37,14 +37,15 @@ def why_not(error: Exception) -> str:
 
 
 def answers(url: str, seconds: float = 3) -> bool:
-    """Can a connection to this address, or to the proxy that leads there, be had within the time?
+    """Can a connection to this address be had within the time? Behind a proxy: perhaps, so yes.
 
     Only the connection counts: what comes over it may be as slow as it likes. The attempt has a
     thread of its own, for a look-up of a host's name obeys no time limit.
     """
-    scheme = urlsplit(url).scheme
-    address = urlsplit(getproxies().get(scheme, url))
-    port = address.port or {"http": 80}.get(address.scheme, 443)
+    if getproxies():
+        return True
+    address = urlsplit(url)
+    port = address.port or (80 if address.scheme == "http" else 443)
     found = []
 
     def knock():
