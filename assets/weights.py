@@ -11,6 +11,7 @@ import pickle
 import socket
 import threading
 import warnings
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -60,14 +61,16 @@ def answers(url: str, seconds: float = 3) -> bool:
 
 
 @contextlib.contextmanager
-def hub_or_cache(asked: bool = True):
-    """Inside, weights that the hub is `asked` for come from its cache on this machine alone if it
-    does not answer: it would be asked again and again for a minute.
+def hub_or_cache(name: str, pretrained: str | None = None):
+    """Inside, weights of the hub come from its cache on this machine alone if the hub does not
+    answer: it would be asked again and again for a minute.
 
-    Raises: ConnectionError if they are not there.
+    Args: as of `load_clip` in common.py; weights in a folder or file are none of the hub's.
+    Raises: ConnectionError if they are not in the cache.
     """
+    here = name.startswith("local-dir:") or (pretrained and Path(pretrained).is_file())
     before = constants.HF_HUB_OFFLINE
-    offline = asked and (before or not answers(constants.ENDPOINT))
+    offline = not here and (before or not answers(constants.ENDPOINT))
     constants.HF_HUB_OFFLINE = before or offline
     try:
         yield
