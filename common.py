@@ -699,18 +699,18 @@ def load_clip(
         check_weights(name, pretrained)
         tag = open_clip.get_pretrained_cfg(name, pretrained) or {}  # a file has none
         quick_gelu = bool(tag.get("quick_gelu", False))
-    file = pretrained and Path(pretrained).is_file()
-    here = name.startswith("local-dir:") or file
     logging.disable(logging.ERROR)  # a failing download would say the same thirty times
     try:
-        with hub_or_cache(asked=not here):
+        with hub_or_cache(name, pretrained):
             options = {"force_quick_gelu": quick_gelu, "require_pretrained": True}
             model = open_clip.create_model(name, pretrained, **options)
             model_config = open_clip.get_model_config(name)
             tokenizer = tokenizer_of(name, model)
     except Exception as error:  # hub, file system and deserialiser fail in ways of their own
         where = f"{name} ({pretrained or 'its folder'})"
-        hint = f"Needed is a state dict of {name}, .pt or .safetensors." if file else OFFLINE
+        hint = OFFLINE
+        if pretrained and Path(pretrained).is_file():
+            hint = f"Needed is a state dict of {name}, .pt or .safetensors."
         raise InputError(
             f"cannot load the weights of {where}: {why_not(error)}\n  {hint}"
         ) from error
@@ -759,15 +759,16 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
 
     `visual` takes the place of the model's own image tower. `class_features.npy` (C, D) and
     `classes.json` lie beside the weights, so that the classifier is complete.
+    Raises: InputError, before anything is written, for numbers that are not finite.
     """
     folder = Path(folder)
+    tower = (visual or clip.visual).state_dict()
+    for key, value in {"class features": class_features, **tower}.items():
+        if not value.isfinite().all():
+            raise InputError(f"not exported to {folder}: numbers of {key} are not finite")
     weights = clip.model.state_dict()
-    for key, value in (visual or clip.visual).state_dict().items():
-        weights[f"visual.{key}"] = value
+    weights |= {f"visual.{key}": value for key, value in tower.items()}
     weights = {key: value.cpu().contiguous() for key, value in weights.items()}
-    broken = [key for key, value in weights.items() if not value.isfinite().all()]
-    if broken:
-        raise InputError(f"not exported: weights are not finite, {broken[0]} first")
     with replacing(folder / "open_clip_model.safetensors") as file:
         save_file(weights, file)
     write_json(folder / "open_clip_config.json", clip.config)

@@ -103,7 +103,7 @@ def load_clip(name: str, pretrained: str, device):
     tag = open_clip.get_pretrained_cfg(name, pretrained) or {}
     options = {"force_quick_gelu": tag.get("quick_gelu", False), "require_pretrained": True}
     try:
-        with hub_or_cache(asked=not name.startswith("local-dir:")):
+        with hub_or_cache(name, pretrained):
             model = open_clip.create_model(name, None if ":" in name else pretrained, **options)
         model.to(device)
     except Exception as error:  # hub, file system and deserialiser fail in ways of their own

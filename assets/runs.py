@@ -218,8 +218,9 @@ def resume(run: Run, final: Path) -> None:
             saved = {"settings": record.pop("settings"), "record": record, "state": None}
         record, before = saved["record"], saved["settings"]
     except Exception as error:  # whatever a file that is something else makes of its readers
+        why = why_not(error) if found == checkpoint else "no record of a run"
         hint = "remove it, or leave --resume out"
-        raise InputError(f"--resume: cannot read {found}: {why_not(error)}; {hint}") from None
+        raise InputError(f"--resume: cannot read {found}: {why}; {hint}") from None
     changed = []
     for key in run.settings:
         then, now = before.get(key), run.settings[key]

@@ -222,8 +222,10 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
 def refuse_idle(args: argparse.Namespace) -> None:
     """Raises: InputError for a setting that was given and has no effect on any row, or for one that
     a row has of its own and that has none on it; see `Method`."""
+    names = [text.split("/")[0] for text in args.modes]
+    if not args.method.rows.keys() >= {*names}:
+        return  # `read_row` says which is unknown
     for setting, pattern in args.method.needs.items():
-        names = [text.split("/")[0] for text in args.modes]
         given = getattr(args, setting.replace("-", "_")) is not None
         if given and not any(re.search(pattern, name) for name in names):
             raise InputError(f"--{setting} has no effect on any row: {' '.join(args.modes)}")

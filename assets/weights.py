@@ -11,6 +11,7 @@ import pickle
 import socket
 import threading
 import warnings
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -37,14 +38,15 @@ def why_not(error: Exception) -> str:
 
 
 def answers(url: str, seconds: float = 3) -> bool:
-    """Can a connection to this address, or to the proxy that leads there, be had within the time?
+    """Can a connection to this address be had within the time? Behind a proxy: perhaps, so yes.
 
     Only the connection counts: what comes over it may be as slow as it likes. The attempt has a
     thread of its own, for a look-up of a host's name obeys no time limit.
     """
-    scheme = urlsplit(url).scheme
-    address = urlsplit(getproxies().get(scheme, url))
-    port = address.port or {"http": 80}.get(address.scheme, 443)
+    if getproxies():
+        return True
+    address = urlsplit(url)
+    port = address.port or (80 if address.scheme == "http" else 443)
     found = []
 
     def knock():
@@ -59,14 +61,16 @@ def answers(url: str, seconds: float = 3) -> bool:
 
 
 @contextlib.contextmanager
-def hub_or_cache(asked: bool = True):
-    """Inside, weights that the hub is `asked` for come from its cache on this machine alone if it
-    does not answer: it would be asked again and again for a minute.
+def hub_or_cache(name: str, pretrained: str | None = None):
+    """Inside, weights of the hub come from its cache on this machine alone if the hub does not
+    answer: it would be asked again and again for a minute.
 
-    Raises: ConnectionError if they are not there.
+    Args: as of `load_clip` in common.py; weights in a folder or file are none of the hub's.
+    Raises: ConnectionError if they are not in the cache.
     """
+    here = name.startswith("local-dir:") or (pretrained and Path(pretrained).is_file())
     before = constants.HF_HUB_OFFLINE
-    offline = asked and (before or not answers(constants.ENDPOINT))
+    offline = not here and (before or not answers(constants.ENDPOINT))
     constants.HF_HUB_OFFLINE = before or offline
     try:
         yield
