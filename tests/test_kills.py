@@ -31,7 +31,7 @@ SCRIPTS = {
     "ldfs": "--modes plain ldfs --targets sketch cartoon --mapper-epochs 60 --epochs 60 --figures",
     "vit_diverse": "--modes erm erm+sel div --epochs 2 --batch-size 10 --figures",
 }
-MOMENTS = 6  # at which each of them is killed
+MOMENTS = 5  # at which each of them is killed
 PATIENCE = 60  # seconds that no step here takes
 servers = multiprocessing.get_context("forkserver")
 
