@@ -54,6 +54,8 @@ def note(number: int, _) -> None:
     """The handler of a signal."""
     if heard.number is None:
         heard.number, heard.time = number, time.monotonic()
+        if hasattr(signal, "SIGCHLD"):  # to torch, readers that end now are an error
+            signal.signal(signal.SIGCHLD, lambda *_: None)
         if not heard.in_run:
             stop_if_asked()
     elif time.monotonic() - heard.time > ONE:

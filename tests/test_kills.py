@@ -1,0 +1,305 @@
+"""Runs that end before they are complete: by a signal, a kill, another process, a full disk.
+
+Scripts run in processes of their own, on few images. They are forked from one that has imported
+everything and computed nothing, so that a start costs nothing.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import common
+from assets import files
+from assets.pictures import plot_panels
+from assets.tiny_world import draw_digits_and_vehicles
+
+SCRIPTS = {
+    "headpurify": "--modes zero-shot lora ha-lora+dig --epochs 1 --batch-size 12",
+    "clipood": "--modes ms mms mms+bma --epochs 3 --steps-per-epoch 2 --batch-size 4 --figures",
+    "ldfs": "--modes plain ldfs --targets sketch cartoon --mapper-epochs 60 --epochs 60 --figures",
+    "vit_diverse": "--modes erm erm+sel div --epochs 2 --batch-size 10 --figures",
+}
+MOMENTS = 5  # at which each of them is killed
+PATIENCE = 60  # seconds that no step here takes
+servers = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forkserver():
+    """Where processes are forked from: it imports what they need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        servers.set_forkserver_preload([__name__, *SCRIPTS])
+        process = servers.Process(target=time.sleep, args=(0,))
+        process.start()
+        process.join()
+        yield
+
+
+def run_script(script: str, arguments: str, folder, file_size) -> None:
+    """In the new process, a group of its own: a command as a user gives it in a folder."""
+    os.setsid()
+    os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # as it would be without a server
+    printed = os.open("printed.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    torch.set_num_threads(1)
+    for name, (classes, *_) in list(common.TINY_BENCHMARKS.items()):
+        common.TINY_BENCHMARKS[name] = classes, 8, 8
+    common.draw_digits_and_vehicles = few_digits
+    sys.argv = [script, *arguments.split()]
+    common.command(importlib.import_module(script).main)
+
+
+def few_digits(seed: int):
+    return draw_digits_and_vehicles(seed, sizes=(60, 40, 50))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a script in a process; what is left of them is killed in the end."""
+    processes = []
+
+    def start(script, arguments, folder=None, file_size=None):
+        folder = folder or tmp_path / "own"
+        folder.mkdir(exist_ok=True)
+        (folder / "printed.txt").write_text("")
+        arguments = script, f"{SCRIPTS[script]} {arguments}", folder, file_size
+        process = servers.Process(target=run_script, args=arguments)
+        process.start()
+        process.printed = folder / "printed.txt"
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(process, text: str) -> None:
+    """Until a process has printed a text."""
+    end = time.monotonic() + PATIENCE
+    while text not in process.printed.read_text():
+        assert process.is_alive() and time.monotonic() < end, process.printed.read_text()
+        time.sleep(0.01)
+
+
+def wait_for_file(folder, name: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not list(folder.rglob(name)):
+        assert time.monotonic() < end, name
+        time.sleep(0.01)
+
+
+def end_of(process) -> tuple[int, list[str]]:
+    """Its exit code and the lines it printed."""
+    process.join(PATIENCE)
+    text = process.printed.read_text()
+    assert process.exitcode is not None, f"it still runs: {text}"
+    assert "Traceback" not in text, text
+    return process.exitcode, text.splitlines()
+
+
+def contents(folder) -> dict[str, bytes]:
+    """All files below `runs`, also hidden ones."""
+    files = [path for path in (folder / "runs").rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    """{script: the files of an undisturbed run, the seconds it took}, filled by `whole`."""
+    return {}
+
+
+@pytest.fixture
+def whole(start, wholes, tmp_path):
+    """What an undisturbed run of a script leaves, and how long it takes."""
+
+    def whole(script):
+        if script not in wholes:
+            before = time.monotonic()
+            code, lines = end_of(start(script, "", tmp_path / "whole"))
+            assert code == 0, lines
+            wholes[script] = contents(tmp_path / "whole"), time.monotonic() - before
+        return wholes[script]
+
+    return whole
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert sorted(found) == sorted(expected)
+    for name, content in expected.items():
+        assert found[name] == content, name
+
+
+# ---------- Signals ------------------------------------------------------------------------------
+@pytest.mark.parametrize("script, name", list(zip(SCRIPTS, ["SIGTERM", "SIGINT"] * 2)))
+def test_a_signal_keeps_what_is_finished_and_the_rest_follows(script, name, start, whole, tmp_path):
+    expected, seconds = whole(script)
+    process = start(script, "")
+    time.sleep(0.5 * seconds)
+    number = signal.Signals[name]
+    os.kill(process.pid, number)
+    code, lines = end_of(process)
+    assert code == 128 + number, lines
+    assert lines[-1].startswith(f"stopped by {name}; kept") and "--resume" in lines[-1]
+    assert sum("--resume" in line for line in lines) == 1, lines
+    left = contents(tmp_path / "own")
+    assert all(".partial/" in name and name.endswith(".pt") for name in left), list(left)
+    code, lines = end_of(start(script, "--resume"))
+    assert code == 0, lines
+    assert_same(contents(tmp_path / "own"), expected)
+
+
+def test_all_processes_of_a_terminal_get_its_signal(start, whole, tmp_path):
+    """Those that read images too, and `timeout` sends its signal twice."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        folder = tmp_path / number.name
+        process = start("clipood", "--workers 2 --epochs 1000 --steps-per-epoch 20", folder)
+        wait_for_file(folder, "checkpoint.pt")
+        time.sleep(0.5)
+        os.kill(process.pid, number)
+        os.killpg(process.pid, number)
+        code, lines = end_of(process)
+        assert code == 128 + number, lines
+        assert "the last checkpoint" in lines[-1], lines
+
+
+def test_a_command_as_it_stands(tmp_path):
+    """SIGTERM in a shell: the row that is finished is kept."""
+    line = [sys.executable, ROOT / "headpurify.py", "--modes", "zero-shot", "lora"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=tmp_path, **options) as process:
+        while not process.stdout.readline().startswith("zero-shot"):
+            assert process.poll() is None
+        process.terminate()
+        _, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143
+    (kept,) = tmp_path.rglob("checkpoint.pt")
+    folder = kept.parent.relative_to(tmp_path)
+    assert error == f"stopped by SIGTERM; kept in {folder}: 1 finished row; --resume continues\n"
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    program = """
+import time
+from assets import stop
+with stop.listening(), stop.in_steps():
+    print("a long step", flush=True)
+    time.sleep(60)
+"""
+    line = [sys.executable, "-c", program]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 143
+
+
+# ---------- Two processes ------------------------------------------------------------------------
+def test_one_process_has_a_run_until_it_is_dead(start, tmp_path):
+    """A second one says so. Killed, the first one's readers are still there for seconds."""
+    endless = "--workers 2 --epochs 1000"
+    first = start("headpurify", endless, tmp_path / "first")
+    wait_for(first, "zero-shot")
+    time.sleep(1)
+    where = f"--output {tmp_path / 'first' / 'runs'}"
+    before = contents(tmp_path / "first")
+    for resume in ("", "--resume"):
+        code, lines = end_of(start("headpurify", f"{endless} {where} {resume}"))
+        assert code == 2 and lines[-1].startswith("error: another process is at this run"), lines
+    assert contents(tmp_path / "first") == before
+    other = start("headpurify", f"{where} --target photo --modes zero-shot")
+    assert end_of(other)[0] == 0  # another run has a folder of its own
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    third = start("headpurify", f"{endless} {where} --resume")
+    wait_for(third, "--resume: found")
+    third.terminate()
+    code, lines = end_of(third)
+    assert code == 143 and "1 finished row" in lines[-1], lines
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+# ---------- A disk that is full ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "script, file_size, written, kept",
+    [
+        ("headpurify", 1_000_000, "open_clip_model.safetensors", "2 finished rows;"),
+        ("clipood", 9_500_000, "checkpoint.pt", "1 finished row and the last checkpoint;"),
+        ("vit_diverse", 100_000, "erm.pt", ""),
+    ],
+)
+def test_a_full_disk_is_one_line(script, file_size, written, kept, start, whole, tmp_path):
+    """Here no file may grow beyond a size. What was kept is continued when there is room again."""
+    expected, _ = whole(script)
+    code, lines = end_of(start(script, "", file_size=file_size))
+    assert code == 2 and lines[-1].startswith("error: cannot write"), lines
+    assert f"{written}: " in lines[-1] and "make room, then --resume" in lines[-1], lines
+    assert kept in lines[-2], lines
+    left = [os.path.basename(name) for name in contents(tmp_path / "own")]
+    assert left == ["checkpoint.pt"] * bool(kept)
+    code, lines = end_of(start(script, "--resume"))
+    assert code == 0 and ("found" in " ".join(lines)) == bool(kept), lines
+    assert_same(contents(tmp_path / "own"), expected)
+
+
+NUMBERS = np.arange(20_000.0)  # 160 kB
+WRITERS = {
+    "numbers.json": lambda path: files.write_json(path, NUMBERS.tolist()),
+    "numbers.pt": lambda path: files.write_tensors(path, torch.from_numpy(NUMBERS)),
+    "numbers.npz": lambda path: files.write_arrays(path, numbers=NUMBERS),
+    "numbers.png": lambda path: plot_panels({"": {"": (NUMBERS, NUMBERS)}}, "", "", path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_file_is_there_whole_or_not_at_all(name, tmp_path):
+    path = tmp_path / "folder" / name
+    WRITERS[name](path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    try:
+        with pytest.raises(common.InputError, match=f"cannot write .*{name}: File too large"):
+            WRITERS[name](path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
+
+
+# ---------- Kills --------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_any_moment_the_rest_follows(script, start, whole, tmp_path):
+    expected, seconds = whole(script)
+    rng = random.Random(script)
+    for moment in range(MOMENTS):
+        folder = tmp_path / f"killed-{moment}"
+        for _ in range(1 + moment % 3):  # some of them again and again
+            process = start(script, "--resume", folder)
+            process.join(rng.uniform(0, seconds))
+            process.kill()
+            process.join()
+        code, lines = end_of(start(script, "--resume", folder))
+        assert code == 0, lines
+        assert_same(contents(folder), expected)
