@@ -157,6 +157,25 @@ def test_a_kill_between_the_two_renames_loses_nothing(args, tmp_path):
     assert (final / "two.txt").read_text() == "first"
 
 
+def test_a_kill_after_the_two_renames_leaves_nothing_in_the_way(args, tmp_path):
+    final = write_run(args, "first").folder
+    old = final.with_name(f".{final.name}.old")
+    old.mkdir()
+    (old / "two.txt").write_text("before the first")
+    assert (write_run(args, "second").folder / "two.txt").read_text() == "second"
+    assert folders(tmp_path) == [final.name]
+
+
+def test_what_a_kill_left_of_a_file_goes(args, tmp_path):
+    with pytest.raises(RuntimeError):
+        write_run(args, "a", stop_after=1)
+    (left,) = (tmp_path / "runs" / "toy").iterdir()
+    (left / ".partial-two.txt").write_text("h")
+    args.resume = True
+    names = {path.name for path in write_run(args, "a").folder.iterdir()}
+    assert names == {"one.txt", "two.txt", "result.json"}
+
+
 def test_state_of_an_interrupted_row_comes_back(args):
     with pytest.raises(RuntimeError):
         with common.open_run(args, "sketch", 0) as run:
