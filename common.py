@@ -27,6 +27,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,6 +90,8 @@ from assets.settings import settle as settle
 from assets.settings import share as share
 from assets.settings import slug as slug
 from assets.stop import stop_if_asked
+from assets.tiny_words import FILE as MERGES
+from assets.tiny_words import TinyTokenizer
 from assets.tiny_world import (
     OFFICE_CLASSES,
     PACS_CLASSES,
@@ -672,10 +675,9 @@ class Clip:
     def ensemble(self) -> list[str]:
         """open_clip's 80 ImageNet templates, or those of them whose words the tiny CLIP knows."""
         templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-        if not isinstance(self.tokenizer, WordTokenizer):
+        if not isinstance(self.tokenizer, WordTokenizer | TinyTokenizer):
             return templates
-        vocabulary = {*self.tokenizer.tokens, "{}"}
-        return [text for text in templates if vocabulary.issuperset(WordTokenizer.words(text))]
+        return [text for text in templates if self.tokenizer.unknown(text) in ([], ["{}"])]
 
 
 def load_clip(
@@ -732,12 +734,14 @@ def load_clip(
 
 
 def tokenizer_of(name: str, model: nn.Module) -> Callable:
-    """open_clip's; of a folder with the tiny CLIP's words, theirs."""
+    """open_clip's; of a folder with words or merges of its own, theirs."""
     if name.startswith("local-dir:"):
-        file = Path(name.removeprefix("local-dir:"), "open_clip_config.json")
-        vocabulary = json.loads(file.read_text()).get("vocabulary")
-        if vocabulary:
-            return WordTokenizer(vocabulary, model.context_length)
+        folder = Path(name.removeprefix("local-dir:"))
+        if (folder / MERGES).is_file():
+            return TinyTokenizer(folder / MERGES, model.context_length)
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        if config.get("vocabulary"):
+            return WordTokenizer(config["vocabulary"], model.context_length)
     return open_clip.get_tokenizer(name)
 
 
@@ -772,6 +776,9 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     with replacing(folder / "open_clip_model.safetensors") as file:
         save_file(weights, file)
     write_json(folder / "open_clip_config.json", clip.config)
+    if isinstance(clip.tokenizer, TinyTokenizer):
+        with replacing(folder / MERGES) as file:
+            shutil.copyfile(clip.tokenizer.file, file)
     write_json(folder / "classes.json", list(class_names))
     with replacing(folder / "class_features.npy") as file:
         np.save(file, class_features.cpu().numpy())

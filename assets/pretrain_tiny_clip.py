@@ -1,6 +1,6 @@
 """Make the folder `tiny_clip`: a real open_clip CLIP, pretrained on captioned tiny-world images.
 
-    python assets/pretrain_tiny_clip.py    # about half an hour on two CPU cores
+    python -m assets.pretrain_tiny_clip    # about half an hour on two CPU cores
 
 The skew of the web is imitated: photos are common, paintings and sketches rare; captions leave
 attributes out and are sometimes wrong. So zero-shot accuracy is good, and worse on the rare
@@ -9,6 +9,13 @@ and none of them is in a tiny evaluation set.
 
 `open_clip.create_model("local-dir:assets/tiny_clip")` loads the result. Only its tokenizer, one
 token a word, is our own: `WordTokenizer`, with the key "vocabulary" of open_clip_config.json.
+
+Other worlds and other CLIPs are a matter of flags: things that stand where they usually stand, or
+are mostly drawn; captions that say more; more heads; a tokenizer that any program can read:
+
+    python -m assets.pretrain_tiny_clip --layers 4 --width 128 --head-width 8 --usual-place 0.55 \\
+        --usual-medium 4 --tokenizer merges --output FOLDER
+    python headpurify.py --model local-dir:FOLDER --study heads --seeds 1000
 """
 
 from __future__ import annotations
@@ -20,12 +27,21 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
-import tiny_world
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_world import BACKGROUNDS, COLORS, OFFICE_CLASSES, SIDE, TINY_DOMAINS, TINY_VOCABULARY
 from torchvision.transforms import v2
+
+from assets import tiny_world
+from assets.tiny_words import BYTES, FILE, SPECIAL, TinyTokenizer, learn_merges, write_merges
+from assets.tiny_world import (
+    BACKGROUNDS,
+    COLORS,
+    OFFICE_CLASSES,
+    SIDE,
+    TINY_DOMAINS,
+    TINY_VOCABULARY,
+)
 
 CONTEXT = 20  # room for 16 learnt context vectors, a class name and the end token
 MODEL_CONFIG = {
@@ -33,13 +49,9 @@ MODEL_CONFIG = {
     "vision_cfg": {
         "image_size": SIDE,
         "patch_size": 4,
-        "width": 96,
-        "layers": 6,
-        "head_width": 16,
     },
     "text_cfg": {
         "context_length": CONTEXT,
-        "vocab_size": len(TINY_VOCABULARY) + 2,  # and padding, end of text
         "width": 64,
         "heads": 4,
         "layers": 3,
@@ -54,49 +66,74 @@ DOMAIN_WORDS = {
     "sketch": ("sketch", "drawing"),
 }
 THINGS = OFFICE_CLASSES + tiny_world.WATERBIRD_CLASSES
+# where a thing usually stands, for --usual-place: never on the background of a tiny set's cue
+USUAL_PLACE = {name: list(BACKGROUNDS)[(3 * i + 5) % 8] for i, name in enumerate(THINGS)}
+# how it is usually shown, for --usual-medium
+USUAL_MEDIUM = {name: TINY_DOMAINS[(i + i // 4) % 4] for i, name in enumerate(THINGS)}
 
 
 # ---------- Images and captions ------------------------------------------------------------------
-def draw_corpus(count: int, seed: int, share: dict[str, float]):
+def draw_corpus(count: int, seed: int, share: dict[str, float], usual_place=0.0, usual_medium=1.0):
     """Images (count, 3, 32, 32) uint8 and, for each, the words (domain, color, thing, background)
-    that describe it. share: of the images, for every domain."""
+    that describe it.
+
+    share: of the images, for every domain; usual_place: of the things that stand where they usually
+    do, beside those that do by chance; usual_medium: how many times as often a thing is shown in
+    its own medium as another thing is. By default nothing goes with anything: no cue to learn.
+    """
     rng = tiny_world.tiny_rng(seed, "pretraining")
     domains = rng.choice(list(share), count, p=list(share.values()))
     images, attributes = [], []
     for domain in share:
         n = int((domains == domain).sum())
-        things = rng.choice(THINGS, n)  # nothing goes with anything: no cue to learn here
+        things = rng.choice(THINGS, n, p=thing_shares(domain, usual_medium))
         colors = rng.choice(list(COLORS), n)
         grounds = rng.choice(list(BACKGROUNDS), n)
+        if usual_place:
+            usual = np.array([USUAL_PLACE[thing] for thing in things])
+            grounds = np.where(rng.random(n) < usual_place, usual, grounds)
         pose = tiny_world.PRETRAINING_POSE
         images.append(tiny_world.draw(things, domain, grounds, colors, rng, pose))
         attributes += zip([domain] * n, colors, things, grounds)
     return torch.cat(images), attributes
 
 
-def caption(attributes, rng) -> str:
+def thing_shares(domain: str, usual_medium: float):
+    """Probabilities of things in a domain; None if all are alike."""
+    if usual_medium == 1:
+        return None
+    weights = np.array([usual_medium if USUAL_MEDIUM[thing] == domain else 1 for thing in THINGS])
+    return weights / weights.sum()
+
+
+def caption(attributes, rng, named=(0.7, 0.4, 0.35), full_stop=0.0) -> str:
     """A caption as the web writes them: attributes left out at random, 8 % wrong words for the
-    thing. Every image gets a new one in every epoch."""
+    thing. Every image gets a new one in every epoch.
+
+    named: how often it says the medium, the color, the place; full_stop: how often it ends in one.
+    """
     domain, color, thing, ground = attributes
-    if rng.random() < 0.7:
+    medium_named, color_named, place_named = named
+    if rng.random() < medium_named:
         medium = rng.choice(DOMAIN_WORDS[domain])
     else:
         medium = rng.choice(("picture", "image"))
     if rng.random() < 0.08:
         thing = rng.choice(THINGS)
-    words = [color, thing] if rng.random() < 0.4 else [thing]
+    words = [color, thing] if rng.random() < color_named else [thing]
     rare = ("the", "an") if words[0][0] in "aeiou" else ("the",)
     article = rng.choice(rare) if rng.random() < 0.1 else "a"
     words = [article, *words]
     if rng.random() < 0.9:
         words = ["a", medium, "of", *words]
-    if rng.random() < 0.35:
+    if rng.random() < place_named:
         if rng.random() < 0.15:
             places = ["in", "the", ground], ["on", "a", ground, "background"]
             words += places[rng.integers(2)]
         else:
             words += ["on", ground]
-    return " ".join(words)
+    text = " ".join(words)
+    return f"{text}." if full_stop and rng.random() < full_stop else text
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
@@ -161,7 +198,9 @@ def train(model, tokenizer, images, attributes, args) -> list[dict]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=0.1)
     curve = []
     for epoch in range(args.epochs):
-        tokens = tokenizer([caption(words, rng) for words in attributes]).to(images.device)
+        full_stop = 0.5 if args.tokenizer == "merges" else 0.0  # which for it is a token
+        texts = [caption(words, rng, args.named, full_stop) for words in attributes]
+        tokens = tokenizer(texts).to(images.device)
         order = torch.randperm(len(images))[: steps_per_epoch * args.batch_size]
         total = 0.0
         model.train()
@@ -184,11 +223,32 @@ def train(model, tokenizer, images, attributes, args) -> list[dict]:
 
 
 # ---------- Main ---------------------------------------------------------------------------------
-def write_folder(folder: Path, weights: dict, training: dict) -> None:
+def model_config(args) -> dict:
+    """open_clip's "model_cfg"."""
+    image, text = dict(MODEL_CONFIG["vision_cfg"]), dict(MODEL_CONFIG["text_cfg"])
+    image |= {"width": args.width, "layers": args.layers, "head_width": args.head_width}
+    text["vocab_size"] = len(TINY_VOCABULARY) + 2  # and padding, end of text
+    if args.tokenizer == "merges":
+        text["vocab_size"] = BYTES + len(learn_merges(TINY_VOCABULARY)) + SPECIAL
+        text["context_length"] += SPECIAL - 1
+    return {**MODEL_CONFIG, "vision_cfg": image, "text_cfg": text}
+
+
+def make_tokenizer(args, context_length: int):
+    """Writes what the tokenizer reads into the output folder."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.tokenizer == "words":
+        return tiny_world.WordTokenizer(TINY_VOCABULARY, context_length)
+    write_merges(args.output, TINY_VOCABULARY)
+    return TinyTokenizer(args.output / FILE, context_length)
+
+
+def write_folder(args, config: dict, weights: dict, training: dict) -> None:
     """An open_clip model folder, and `training.json`: how it was made and how good it is."""
-    config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}
-    config["vocabulary"] = TINY_VOCABULARY
-    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": config, "preprocess_cfg": PREPROCESS_CONFIG}
+    if args.tokenizer == "words":
+        config["vocabulary"] = TINY_VOCABULARY
+    folder = args.output
     save_file(weights, folder / "open_clip_model.safetensors")
     for name, value in (("open_clip_config", config), ("training", training)):
         (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
@@ -203,6 +263,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=20_000, help="far from those of evaluations")
+    parser.add_argument("--width", type=int, default=96, help="of the image tower")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--head-width", type=int, default=16)
+    parser.add_argument("--usual-place", type=float, default=0.0, help="share of things there")
+    parser.add_argument("--usual-medium", type=float, default=1.0, help="times as often as others")
+    named = "how often captions say medium, color, place"
+    parser.add_argument("--named", type=float, nargs=3, default=(0.7, 0.4, 0.35), help=named)
+    parser.add_argument("--tokenizer", choices=("words", "merges"), default="words")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=folder)
     return parser.parse_args()
@@ -212,11 +280,13 @@ def main():
     args = parse_arguments()
     start = time.time()
     torch.manual_seed(args.seed)
-    images, attributes = draw_corpus(args.images, args.seed, DOMAIN_SHARE)
+    world = args.usual_place, args.usual_medium
+    images, attributes = draw_corpus(args.images, args.seed, DOMAIN_SHARE, *world)
     print(f"drew {len(images)} images in {time.time() - start:.0f} s", flush=True)
 
-    model = open_clip.CLIP(**MODEL_CONFIG).to(args.device)
-    tokenizer = tiny_world.WordTokenizer(TINY_VOCABULARY, CONTEXT)
+    config = model_config(args)
+    model = open_clip.CLIP(**config).to(args.device)
+    tokenizer = make_tokenizer(args, config["text_cfg"]["context_length"])
     curve = train(model, tokenizer, images.to(args.device), attributes, args)
 
     weights = {name: value.half().cpu() for name, value in model.state_dict().items()}
@@ -230,7 +300,7 @@ def main():
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     settings |= {"domain_share": DOMAIN_SHARE, "seconds": round(time.time() - start)}
     training = {"training": settings, "curve": curve, "zero_shot": zero_shot}
-    write_folder(args.output, weights, training)
+    write_folder(args, config, weights, training)
     print(f"wrote {args.output}")
 
 

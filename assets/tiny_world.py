@@ -534,15 +534,18 @@ class WordTokenizer:
     def words(text):
         return text.lower().replace(".", " ").replace(",", " ").split()
 
+    def unknown(self, text):
+        """Words of a text that it does not know."""
+        return [word for word in self.words(text) if word not in self.tokens]
+
     def __call__(self, texts):
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         for row, text in zip(tokens, texts):
             words = self.words(text)
-            unknown = [word for word in words if word not in self.tokens]
-            if unknown:
+            for word in self.unknown(text):
                 raise InputError(
-                    f"the tiny CLIP does not know the word {unknown[0]!r} (in {text!r}); "
+                    f"the tiny CLIP does not know the word {word!r} (in {text!r}); "
                     f"it knows: {', '.join(self.tokens)}"
                 )
             if len(words) >= self.context_length:

@@ -851,7 +851,7 @@ def test_bad_folders_are_one_clear_error(command, mini, cub, pacs_tree):
     line = f"--dataset domainnet-mini --data-root {mini} --model tiny"
     (base / "clipart_train_mini.txt").write_text("clipart/dog/dog_0.png\n")
     error = command(line)
-    assert error.startswith("error: cannot read the line 'clipart/dog/dog_0.png' of ")
+    assert error.startswith("error: cannot read 'clipart/dog/dog_0.png' in ")
     (pacs_tree / "PACS" / "sketch").rename(pacs_tree / "PACS" / "etching")
     error = command(f"--dataset folder:{pacs_tree / 'PACS'} --model tiny")
     assert "no words describe domain 'etching'" in error and "--descriptions" in error
