@@ -444,9 +444,12 @@ def train_and_look(name: str, row, sets: dict, run, seed: int) -> tuple:
     after = head_cosine(model, images)
     print(f"{name}: |cosine| of input gradients {before:.3f}, trained {after:.3f}")
     common.write_tensors(run.folder / f"{common.slug(name)}.pt", model.state_dict())
-    heads = {}
+    heads, collected = {}, {}
     for part in ("val_ood", "test_id", "test_ood"):
-        heads[part] = collect_heads(model, sets[part], row)  # (N, H, d)
+        same = id(sets[part].images)  # Waterbirds has one test set, see `common.load_id_and_ood`
+        if same not in collected:
+            collected[same] = collect_heads(model, sets[part], row)  # (N, H, d)
+        heads[part] = collected[same]
     learnt = what_heads_see(model, heads["test_ood"], sets["test_ood"])
     learnt |= {"cosine before": before, "cosine after": after, "history": history}
     run.extra[name] = learnt

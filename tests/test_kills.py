@@ -31,7 +31,7 @@ SCRIPTS = {
     "ldfs": "--modes plain ldfs --targets sketch cartoon --mapper-epochs 60 --epochs 60 --figures",
     "vit_diverse": "--modes erm erm+sel div --epochs 2 --batch-size 10 --figures",
 }
-MOMENTS = 5  # at which each of them is killed
+RUNS, KILLS = 7, 3  # of each script, and random moments at which each of them is killed
 PATIENCE = 60  # seconds that no step here takes
 servers = multiprocessing.get_context("forkserver")
 
@@ -293,9 +293,9 @@ def test_every_file_is_there_whole_or_not_at_all(name, tmp_path):
 def test_killed_at_any_moment_the_rest_follows(script, start, whole, tmp_path):
     expected, seconds = whole(script)
     rng = random.Random(script)
-    for moment in range(MOMENTS):
-        folder = tmp_path / f"killed-{moment}"
-        for _ in range(1 + moment % 3):  # some of them again and again
+    for number in range(RUNS):
+        folder = tmp_path / f"killed-{number}"
+        for _ in range(KILLS):
             process = start(script, "--resume", folder)
             process.join(rng.uniform(0, seconds))
             process.kill()

@@ -569,6 +569,20 @@ def test_waterbirds_with_a_clip_tower(waterbirds_tree, call_main, tmp_path):
     assert len(record["extra"]["erm"]["robust"]) == 6
 
 
+@pytest.mark.parametrize("dataset, passes", [("tiny-waterbirds", 2), ("tiny-mnist-cifar", 3)])
+def test_every_image_passes_once(dataset, passes, few_images, call_main, monkeypatch):
+    """Waterbirds has one test set, in and out of distribution."""
+    seen = []
+
+    def counted(model, images, row):
+        seen.append(images)
+        return collect_heads(model, images, row)
+
+    monkeypatch.setattr(vit_diverse, "collect_heads", counted)
+    call_main(vit_diverse.main, f"--dataset {dataset} --modes erm erm+sel --epochs 1")
+    assert len(seen) == passes
+
+
 @pytest.mark.slow
 def test_waterbirds_with_torchvision_from_a_file(waterbirds_tree, call_main, tmp_path):
     torch.manual_seed(0)
