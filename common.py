@@ -91,7 +91,7 @@ from assets.settings import share as share
 from assets.settings import slug as slug
 from assets.stop import stop_if_asked
 from assets.tiny_words import FILE as MERGES
-from assets.tiny_words import TinyTokenizer
+from assets.tiny_words import TinyTokenizer, tokenizer_of
 from assets.tiny_world import (
     OFFICE_CLASSES,
     PACS_CLASSES,
@@ -731,18 +731,6 @@ def load_clip(
     transforms = image_transform(model), image_transform(model, train=True)
     scale = model.logit_scale.exp().item()
     return Clip(model, *transforms, tokenizer, scale, torch.device(device), precision, config)
-
-
-def tokenizer_of(name: str, model: nn.Module) -> Callable:
-    """open_clip's; of a folder with words or merges of its own, theirs."""
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-        if (folder / MERGES).is_file():
-            return TinyTokenizer(folder / MERGES, model.context_length)
-        config = json.loads((folder / "open_clip_config.json").read_text())
-        if config.get("vocabulary"):
-            return WordTokenizer(config["vocabulary"], model.context_length)
-    return open_clip.get_tokenizer(name)
 
 
 def check_weights(name: str, pretrained: str) -> None:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from tiny_world import InputError
-from torchvision.datasets.folder import IMG_EXTENSIONS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from assets.images import images_below, read_image
+from assets.tiny_world import InputError
 
 
 def greedy_captions(model, images, start: int, end: int, length: int = 30) -> torch.Tensor:
@@ -51,19 +53,9 @@ def caption_files(files, model, preprocess, tokenizer, device="cpu", batch_size=
     return captions
 
 
-def read_image(file: Path) -> Image.Image:
-    try:
-        return Image.open(file).convert("RGB")
-    except OSError as error:
-        raise InputError(f"cannot read image {file}: {error}") from None
-
-
 def find_images(folder: Path, root: Path) -> dict[str, Path]:
     """{path below the data root: file}. Raises: InputError where there is none."""
-    files = []
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith("."):
-            files.append(file)
+    files = [Path(file) for file in images_below(folder)]
     if not files:
         raise InputError(f"no image below {folder}")
     if not folder.is_relative_to(root):

@@ -12,17 +12,20 @@ the class features.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from prompts import encode_prompts, first_word
-from tiny_world import InputError, WordTokenizer
 from torch import nn
-from weights import hub_or_cache, why_not
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from assets.prompts import encode_prompts, first_word
+from assets.tiny_words import TinyTokenizer, tokenizer_of
+from assets.tiny_world import InputError, WordTokenizer
+from assets.weights import hub_or_cache, why_not
 
 TINY_CLIP = Path(__file__).with_name("tiny_clip")
 
@@ -42,7 +45,8 @@ def style_loss(style, styled, content, earlier) -> torch.Tensor:
 def learn_styles(model, tokenizer, names, device, steps: int) -> list[torch.Tensor]:
     """For every style: features of its texts with every class, unit-norm (C, D)."""
     # the tiny CLIP has fewer words, and "style" is none of them
-    noun, count = ("picture", 16) if isinstance(tokenizer, WordTokenizer) else ("style", 80)
+    tiny = isinstance(tokenizer, WordTokenizer | TinyTokenizer)
+    noun, count = ("picture", 16) if tiny else ("style", 80)
     texts = [f"a a {noun} of a."]
     texts += [f"a a {noun} of a {name}." for name in names]  # the second "a" is S*
     tokens = tokenizer(texts).to(device)  # (1 + C, L)
@@ -105,14 +109,10 @@ def load_clip(name: str, pretrained: str, device):
     try:
         with hub_or_cache(name, pretrained):
             model = open_clip.create_model(name, None if ":" in name else pretrained, **options)
+            tokenizer = tokenizer_of(name, model)
         model.to(device)
     except Exception as error:  # hub, file system and deserialiser fail in ways of their own
         raise InputError(f"cannot load {name} ({pretrained}): {why_not(error)}") from error
-    if name == f"local-dir:{TINY_CLIP}":
-        config = json.loads((TINY_CLIP / "open_clip_config.json").read_text())
-        tokenizer = WordTokenizer(config["vocabulary"], model.context_length)
-    else:
-        tokenizer = open_clip.get_tokenizer(name)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -10,12 +10,16 @@ Any program reads such a folder:
 from __future__ import annotations
 
 import gzip
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from torch import nn
 
-from assets.tiny_world import InputError
+from assets.tiny_world import InputError, WordTokenizer
 
 FILE = "merges.txt.gz"
 BYTES, SPECIAL = 2 * 256, 2  # tokens beside the merges: bytes, also at a word's end; start and end
@@ -88,3 +92,15 @@ class TinyTokenizer(SimpleTokenizer):
                     f"{text!r} has {tokens} tokens, the tiny CLIP reads at most {most}"
                 )
         return super().__call__(texts, context_length)
+
+
+def tokenizer_of(name: str, model: nn.Module) -> Callable:
+    """open_clip's; of a folder with words or merges of its own, theirs."""
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if (folder / FILE).is_file():
+            return TinyTokenizer(folder / FILE, model.context_length)
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        if config.get("vocabulary"):
+            return WordTokenizer(config["vocabulary"], model.context_length)
+    return open_clip.get_tokenizer(name)
