@@ -15,7 +15,7 @@ are mostly drawn; captions that say more; more heads; a tokenizer that any progr
 
     python -m assets.pretrain_tiny_clip --layers 4 --width 128 --head-width 8 --usual-place 0.55 \\
         --usual-medium 4 --tokenizer merges --output FOLDER
-    python headpurify.py --model local-dir:FOLDER --study heads --seeds 1000
+    python headpurify.py --model local-dir:FOLDER --study heads --seeds 1000 --epochs 4 --lr 3e-3
 """
 
 from __future__ import annotations
