@@ -38,18 +38,21 @@ def head_outputs(visual: nn.Module, images) -> torch.Tensor:
     outputs = []
     for attention, z in attention_inputs(visual, images):
         _, weights = attention(z, z, z, average_attn_weights=False)  # (B, H, N, N)
-        *_, W_v = attention.in_proj_weight.chunk(3)  # (D, D)
-        *_, b_v = attention.in_proj_bias.chunk(3)
-        v = F.linear(z, W_v, b_v).unflatten(-1, (attention.num_heads, -1))  # (B, N, H, d)
+        _, _, W_v = attention.in_proj_weight.chunk(3)  # (D, D)
+        _, _, b_v = attention.in_proj_bias.chunk(3)
+        v = F.linear(z, W_v, b_v)
+        v = v.unflatten(-1, (attention.num_heads, -1))  # (B, N, H, d)
         tokens = weights @ v.transpose(1, 2)  # (B, H, N, d)
-        outputs.append(torch.stack([tokens[:, :, 0], tokens.mean(2)], 2))
+        at_cls, mean = tokens[:, :, 0], tokens.mean(2)
+        outputs.append(torch.stack([at_cls, mean], 2))
     return torch.stack(outputs, 1)
 
 
 def contribution(visual: nn.Module, layer: int, head: int, output) -> torch.Tensor:
     """What a head adds to a token, output (..., d) times its rows of W_o: (..., D)."""
     attention = visual.transformer.resblocks[layer].attn
-    by_head = attention.out_proj.weight.detach().unflatten(1, (attention.num_heads, -1))
+    W_o = attention.out_proj.weight.detach()
+    by_head = W_o.unflatten(1, (attention.num_heads, -1))  # (D, H, d)
     return output @ by_head[:, head].T
 
 
@@ -66,14 +69,17 @@ def mean_ablated(visual: nn.Module, layer: int, head: int, mean) -> nn.Module:
 def probe_accuracy(x, y, fitted, ridge: float = 1e-3) -> float:
     """How often a linear probe is right about y (N,) from x (N, d), on rows where `fitted` (N,) is
     False. It is fitted to the others: least squares towards one-hot labels, with a little ridge."""
-    x, labels = x.double(), F.one_hot(y).double()  # (N, d), (N, C)
-    x = (x - x[fitted].mean(0)) / x[fitted].std(0).clamp(min=1e-6)
-    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)  # (N, d + 1)
+    x = x.double()
+    deviation = x[fitted].std(0)
+    x = (x - x[fitted].mean(0)) / deviation.clamp(min=1e-6)
+    x = F.pad(x, (0, 1), value=1)  # (N, d + 1)
     own = x[fitted]
-    penalty = ridge * len(own) * torch.eye(own.shape[1], dtype=own.dtype)
-    W = torch.linalg.solve(own.T @ own + penalty, own.T @ labels[fitted])  # (d + 1, C)
-    right = (x @ W).argmax(1) == y
-    return right[~fitted].double().mean().item()
+    labels = F.one_hot(y[fitted], int(y.max()) + 1)  # (n, C)
+    penalty = ridge * len(own) * torch.eye(x.shape[1], dtype=x.dtype)
+    W = torch.linalg.solve(own.T @ own + penalty, own.T @ labels.double())  # (d + 1, C)
+    answers = x[~fitted] @ W
+    right = answers.argmax(1) == y[~fitted]
+    return right.double().mean().item()
 
 
 # ---------- All heads ----------------------------------------------------------------------------
@@ -85,43 +91,60 @@ def what_heads_carry(
     Args: domains, image sets by name, the target last; outputs(function, images): what a function
     of batches says of an image set; distance(features (N, D), domain (N,)): MMD^2 of domains.
     """
-    count = min(MOST, *map(len, domains.values()))
-    x, labels = [], {}
-    for number, images in enumerate(domains.values()):
-        own = images.subset(np.linspace(0, len(images) - 1, count))
-        x.append(outputs(lambda batch: head_outputs(visual, batch), own))
-        asked = {"class": own.labels, "domain": torch.full((count,), number), **own.attributes}
-        for what, values in asked.items():
-            labels.setdefault(what, []).append(values)
-    x = torch.cat(x)  # (N, L, H, 2, d)
-    labels = {what: torch.cat(values) for what, values in labels.items()}  # each (N,)
+    sample = equal_shares(domains)
+    encoded = [outputs(lambda x: head_outputs(visual, x), images) for images in sample]
+    x = torch.cat(encoded)  # (N, L, H, 2, d)
+    labels = what_is_asked(sample)  # each (N,)
     sources = labels["domain"] < len(domains) - 1
     generator = torch.Generator().manual_seed(seed)
     fitted = torch.rand(len(x), generator=generator) < 0.5
 
     grid = head_grid(visual)
-    found = {f"probe {what}": np.zeros(grid) for what in labels}
+    found = {"mean": x[sources, :, :, 1].mean(0)}  # (L, H, d)
+    for what, y in labels.items():
+        found[f"probe {what}"] = accuracy = np.zeros(grid)
+        for layer, head in np.ndindex(grid):
+            at_cls = x[:, layer, head, 0]  # (N, d)
+            accuracy[layer, head] = probe_accuracy(at_cls, y, fitted)
     found["MMD"] = np.zeros(grid)
     for layer, head in np.ndindex(grid):
-        at_cls = x[:, layer, head, 0]  # (N, d)
-        for what, y in labels.items():
-            found[f"probe {what}"][layer, head] = probe_accuracy(at_cls, y, fitted)
-        added = contribution(visual, layer, head, at_cls[sources].to(visual.proj.device))
+        at_cls = x[sources, layer, head, 0].to(visual.proj.device)
+        added = contribution(visual, layer, head, at_cls)
         squared = distance(added.cpu(), labels["domain"][sources])
         found["MMD"][layer, head] = max(0, squared) ** 0.5
-    found = {measure: values.tolist() for measure, values in found.items()}
-    found["mean"] = x[sources, :, :, 1].mean(0)  # (L, H, d)
-    return found
+    return {measure: values.tolist() for measure, values in found.items()}
 
 
-def without_each(visual: nn.Module, mean, measure: Callable) -> dict[str, list]:
+def equal_shares(domains: dict) -> list:
+    """As many images of every domain, spread over it."""
+    count = min(MOST, *map(len, domains.values()))
+    sample = []
+    for images in domains.values():
+        places = np.linspace(0, len(images) - 1, count)
+        sample.append(images.subset(places))
+    return sample
+
+
+def what_is_asked(sample: list) -> dict[str, torch.Tensor]:
+    """Numbers of class and domain of all images, and of what drawn images are made of."""
+    labels = {}
+    for number, images in enumerate(sample):
+        domain = torch.full_like(images.labels, number)
+        asked = {"class": images.labels, "domain": domain, **images.attributes}
+        for what, values in asked.items():
+            labels.setdefault(what, []).append(values)
+    return {what: torch.cat(values) for what, values in labels.items()}
+
+
+def without_each(visual: nn.Module, mean: list, measure: Callable) -> dict[str, list]:
     """What accuracies gain without each head, {"without it, TEST": (layers, heads)}. mean: (layers,
     heads, d), what it says instead; measure(visual): {test: accuracy}."""
     with_all = measure(visual)
     found = {f"without it, {test}": np.zeros(head_grid(visual)) for test in with_all}
     for layer, head in np.ndindex(head_grid(visual)):
-        own_mean = mean[layer, head].to(visual.proj.device)
-        accuracies = measure(mean_ablated(visual, layer, head, own_mean))
+        own_mean = torch.tensor(mean[layer][head], device=visual.proj.device)
+        without = mean_ablated(visual, layer, head, own_mean)
+        accuracies = measure(without)
         for test, accuracy in accuracies.items():
             found[f"without it, {test}"][layer, head] = accuracy - with_all[test]
     return {name: values.tolist() for name, values in found.items()}
@@ -147,29 +170,30 @@ def correlations(record: dict) -> dict[str, dict]:
     """A view of a record: the rank correlation over heads of each measure with each."""
     heads = record["extra"]["heads"]
     rows = {}
-    for one in heads:
-        rows[one] = {other: rank_correlation(heads[one], heads[other]) for other in heads}
-    return rows
-
-
-def mean_correlations(records: list[dict]) -> dict[str, dict]:
-    views = [correlations(record) for record in records]
-    rows = {}
-    for one, row in views[0].items():
-        rows[one] = {other: np.mean([view[one][other] for view in views]) for other in row}
+    for one, values in heads.items():
+        rows[one] = {}
+        for other, others in heads.items():
+            rows[one][other] = rank_correlation(values, others)
     return rows
 
 
 def report_heads(records: list[dict], path: str) -> None:
     """Print rank correlations, averaged over runs, and draw them and all measures."""
-    rows = mean_correlations(records)
-    cells = {one: [f"{value:+.2f}" for value in row.values()] for one, row in rows.items()}
-    print("\n" + format_table("rank correlation over heads", list(rows), cells))
-    tables = {}
-    for measure in rows:
-        tables[measure] = np.mean([record["extra"]["heads"][measure] for record in records], 0)
-    plot_heats(tables, "head", "layer", f"{path}-carry.png", CENTERS)
-    values = [list(row.values()) for row in rows.values()]
-    names = (list(rows), list(rows))
+    measures = list(records[0]["extra"]["heads"])
+    views = []
+    for record in records:
+        rows = correlations(record).values()
+        views.append([list(row.values()) for row in rows])
+    mean = np.mean(views, 0)  # (measures, measures)
+    cells = {}
+    for measure, row in zip(measures, mean):
+        cells[measure] = [f"{value:+.2f}" for value in row]
     title = "rank correlation over heads"
-    plot_heat(values, title, "", "", f"{path}-correlation.png", center=0, names=names)
+    print("\n" + format_table(title, measures, cells))
+    names = (measures, measures)
+    plot_heat(mean, title, "", "", f"{path}-correlation.png", center=0, names=names)
+    tables = {}
+    for measure in measures:
+        runs = [record["extra"]["heads"][measure] for record in records]
+        tables[measure] = np.mean(runs, 0)
+    plot_heats(tables, "head", "layer", f"{path}-carry.png", CENTERS)

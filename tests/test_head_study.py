@@ -122,7 +122,7 @@ def test_a_planted_head_is_found(visual):
         distance=lambda x, domain: common.mmd2(x[domain == 0], x[domain == 1]).item(),
     )
     mean = found.pop("mean")
-    assert mean.shape == (6, 6, 16)
+    assert np.shape(mean) == (6, 6, 16)
     assert list(found) == ["probe class", "probe domain", "MMD"]  # real data say no more
     assert np.max(found["probe domain"]) == 1
     assert np.mean(found["probe class"]) < 0.65  # labels go with nothing
