@@ -487,7 +487,10 @@ SEEN = [
     common.TEMPLATES,
 ]
 SOURCES = {"officehome": "Real World", "domainnet": "sketch", "domainnet-mini": "sketch"}
-METHOD = common.Method("ldfs", SETTINGS, ROWS, STUDIES)
+OF_MAPPER = "sigma pairwise consistency temperature mapper reach hidden mapper-epochs mapper-lr"
+NEEDS = dict.fromkeys(OF_MAPPER.split(), "lads|ldfs")  # {setting: rows that it has an effect on}
+NEEDS |= dict.fromkeys(("finetune", "epochs", "lr"), "plain|text|lads|ldfs")
+METHOD = common.Method("ldfs", SETTINGS, ROWS, STUDIES, NEEDS)
 
 
 def settings(argv=None):

@@ -118,6 +118,9 @@ FLAGS = [
     ("vit_diverse --pretrained vit.pt", ("--pretrained has no effect", "scratch")),
     (f"vit_diverse {BIRDS} --depth 3", ("--depth has no effect", "tiny")),
     (f"vit_diverse {BIRDS} --download", ("--download has no effect",)),
+    ("ldfs --modes plain/sigma=0.1 ldfs", ("plain/sigma=0.1", "sigma has no effect on plain")),
+    ("ldfs --modes zero-shot plain --reach 2", ("--reach has no effect on any row",)),
+    ("ldfs --modes zero-shot/lr=1", ("lr has no effect on zero-shot",)),
     ("vit_diverse --modes erm/div-lr=1", ("erm/div-lr=1", "div-lr has no effect on erm")),
     ("vit_diverse --modes div/select-by=worst-group", ("select-by has no effect on div",)),
     # heads, captions and class features
