@@ -158,12 +158,13 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
     optimizer = torch.optim.AdamW(mapper.parameters(), **options)
     lowest, best = float("inf"), None
     for epoch in range(1, row.mapper_epochs + 1):
-        for some in torch.randperm(len(features)).split(row.batch_size):
+        order = torch.randperm(len(features))
+        for place, some in enumerate(order.split(row.batch_size), start=1):
             batch = [values[some] for values in train]
             loss = mapper_loss(row, mapper, batch, class_features, scale, row.sigma, weights)
             optimizer.zero_grad()
             loss.backward()
-            where = f"the mapper's (--mapper-lr) epoch {epoch} of seed {seed}"
+            where = f"the mapper's (--mapper-lr) epoch {epoch}, batch {place} of seed {seed}"
             common.take_step(optimizer, loss, where)
         with torch.no_grad():
             loss = mapper_loss(row, mapper, holdout, class_features, scale, 0, weights).item()
@@ -240,11 +241,12 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=row.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.epochs * steps)
     for epoch in range(1, row.epochs + 1):
-        for some in torch.randperm(len(labels)).tensor_split(steps):
+        order = torch.randperm(len(labels))
+        for place, some in enumerate(order.tensor_split(steps), start=1):
             loss = F.cross_entropy(classify(features[some]), labels[some])
             optimizer.zero_grad()
             loss.backward()
-            where = f"{row.finetune}'s (--lr) epoch {epoch} of seed {seed}"
+            where = f"{row.finetune}'s (--lr) epoch {epoch}, batch {place} of seed {seed}"
             common.take_step(optimizer, loss, where)
             schedule.step()
     return classify

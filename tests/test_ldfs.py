@@ -258,7 +258,7 @@ def test_losses_that_are_not_finite_are_said():
     holdout = [train[0] * math.nan, *train[1:]]
     with pytest.raises(common.InputError, match="mapper's loss is nan; try a lower --mapper-lr"):
         ldfs.train_mapper(row_of(), train, holdout, names, 10.0, seed=0)
-    match = r"probe's \(--lr\) epoch 1 of seed 0, learning rate 0.003: the loss is nan"
+    match = r"probe's \(--lr\) epoch 1, batch 1 of seed 0, learning rate 0.003: the loss is nan"
     with pytest.raises(common.InputError, match=match):
         ldfs.fine_tune(row_of(), Toy, "abc", names, [holdout[:2]], seed=0)
 

@@ -391,9 +391,9 @@ BREAKING = [
     ("clipood --modes mms mms+bma --lr 1e30", "mms/mms+bma, step 1 of seed 0"),
     ("clipood --modes linear --head-lr 1e30 --lr 1e-5", "linear, step 1 of seed 0"),
     ("clipood --modes coop --prompt-lr 1e30", "coop, step "),
-    ("ldfs --lr 1e30", "probe's (--lr) epoch 1 of seed 0"),
-    ("ldfs --finetune coop --lr 1e30", "coop's (--lr) epoch 1 of seed 0"),
-    ("ldfs --mapper-lr 1e30", "the mapper's (--mapper-lr) epoch 1 of seed 0"),
+    ("ldfs --lr 1e30", "probe's (--lr) epoch 1, batch 1 of seed 0"),
+    ("ldfs --finetune coop --lr 1e30", "coop's (--lr) epoch 1, batch 1 of seed 0"),
+    ("ldfs --mapper-lr 1e30", "the mapper's (--mapper-lr) epoch 1, batch 1 of seed 0"),
     ("vit_diverse --modes erm --lr 1e30", "epoch 1, batch 1 of seed 0, lambda 0"),
     ("vit_diverse --modes div --lambda 1e30 --epochs 1", "epoch 1, batch "),
 ]
