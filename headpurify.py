@@ -310,12 +310,14 @@ def lora_ranks(row, heads: int):
 
 
 def validate(visual, class_features, task, row):
-    """Accuracies of a tower in training: on source hold-outs, which may choose, and the target."""
+    """Accuracies of a tower in training: on source hold-outs, which may choose, and the target. It
+    goes on in the mode it was in."""
+    training = visual.training
     visual.eval()
     classify = common.clip_classifier(visual, class_features, row.precision)
     tests = {name: task.tests[name] for name in ("hold-out", "target")}
     measures = common.evaluate(classify, tests, row.device, row.workers)
-    visual.train()
+    visual.train(training)
     return {name: measures[name] for name in tests}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +135,18 @@ def test_a_planted_head_is_found(visual):
 
     gains = np.array(head_study.without_each(visual, mean, measure)["without it, target"])
     assert (gains[0] < 0).all() and (gains[1:] == 0).all()
+
+
+def test_clip_stays_as_it_was(visual):
+    """It is asked for accuracies between its heads', and goes on being tested after them."""
+    classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
+    images = common.ImageSet(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.zeros(3), classes)
+    task = common.Task(classes, {}, {"hold-out": {"a": images}, "target": {"b": images}})
+    row = SimpleNamespace(precision="fp32", device="cpu", workers=0)
+    for training in (False, True):
+        visual.train(training)
+        headpurify.validate(visual, torch.eye(7, 64), task, row)
+        assert visual.training == training
 
 
 def test_study_heads(call_main, monkeypatch, tmp_path):
