@@ -103,6 +103,7 @@ from assets.tiny_world import (
     draw_digits_and_vehicles,
     draw_domain,
     draw_waterbirds,
+    unknown_words,
 )
 from assets.tiny_world import tiny_rng as tiny_rng
 from assets.weights import OFFLINE, hub_or_cache, why_not
@@ -145,11 +146,10 @@ class ImageSet(Dataset):
 
     def subset(self, indices) -> ImageSet:
         indices = np.asarray(indices, dtype=np.int64)
-        own = {"images": self.images[indices], "labels": self.labels[indices]}
-        if self.groups is not None:
-            own["groups"] = self.groups[indices]
-        own["attributes"] = {name: values[indices] for name, values in self.attributes.items()}
-        return replace(self, **own)
+        groups = None if self.groups is None else self.groups[indices]
+        attributes = {name: values[indices] for name, values in self.attributes.items()}
+        own = {"labels": self.labels[indices], "groups": groups, "attributes": attributes}
+        return replace(self, images=self.images[indices], **own)
 
     def labelled(self, chosen: range) -> ImageSet:
         """The images of a range of classes. All class names stay."""
@@ -590,35 +590,37 @@ def take_step(optimizer, loss, where: str, batches: SourceBatches | None = None,
     weights = []
     for group in optimizer.param_groups:
         weights += group["params"]
-    value = loss.item()
+    where = f"{where}, learning rate {optimizer.param_groups[0]['lr']:.3g}"
     norm = total_norm([weight.grad for weight in weights if weight.grad is not None])
+    value, norm = torch.stack([loss.detach().to(norm), norm]).tolist()  # the device is asked once
     left_out = scaler is not None and scaler.is_enabled()
-    found = None
     if not (math.isfinite(value) and (math.isfinite(norm) or left_out)):
-        found = f"the loss is {value}, its gradient's norm {norm}"
-    elif scaler is None:
+        raise broken(where, f"the loss is {value}, its gradient's norm {norm}", batches)
+    if scaler is None:
         optimizer.step()
     else:
         scaler.step(optimizer)
         scaler.update()
-    size = total_norm([weight.detach() for weight in weights])
-    if not found and not math.isfinite(size):
-        found = f"the norm of the weights is {size}"
-    if found:
-        rate = optimizer.param_groups[0]["lr"]
-        hint = "try a lower learning rate"
-        if batches:
-            hint += f", or look at this batch: {', '.join(batches.names())}"
-        raise InputError(f"{where}, learning rate {rate:.3g}: {found}; {hint}")
+    size = total_norm([weight.detach() for weight in weights]).item()
+    if not math.isfinite(size):
+        raise broken(where, f"the norm of the weights is {size}", batches)
 
 
-def total_norm(tensors: list[torch.Tensor]) -> float:
-    """Not finite if a number of any of them is not."""
-    return torch.stack(torch._foreach_norm(tensors)).norm().item()
+def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A scalar, not finite if a number of any of them is not."""
+    return torch.stack(torch._foreach_norm(tensors)).norm()
+
+
+def broken(where: str, what: str, batches: SourceBatches | None) -> InputError:
+    hint = "try a lower learning rate"
+    if batches:
+        hint += f", or look at this batch: {', '.join(batches.names())}"
+    return InputError(f"{where}: {what}; {hint}")
 
 
 # ---------- 4. CLIP ------------------------------------------------------------------------------
-TINY_CLIP = Path(__file__).parent / "assets" / "tiny_clip"  # made by assets/pretrain_tiny_clip.py
+ASSETS = Path(__file__).parent / "assets"
+TINY_CLIP = ASSETS / "tiny_clip"  # made by assets/pretrain_tiny_clip.py
 
 
 @dataclass
@@ -677,7 +679,8 @@ class Clip:
         templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
         if not isinstance(self.tokenizer, WordTokenizer | TinyTokenizer):
             return templates
-        return [text for text in templates if self.tokenizer.unknown(text) in ([], ["{}"])]
+        known = {*self.tokenizer.words, "{}"}
+        return [text for text in templates if not unknown_words(text, known)]
 
 
 def load_clip(
@@ -726,7 +729,7 @@ def load_clip(
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess_config}
     own_words = isinstance(tokenizer, WordTokenizer)
     # a key of ours, which open_clip passes over
-    config["vocabulary"] = list(tokenizer.tokens) if own_words else None
+    config["vocabulary"] = list(tokenizer.words) if own_words else None
     model = model.eval().requires_grad_(False).to(device)
     transforms = image_transform(model), image_transform(model, train=True)
     scale = model.logit_scale.exp().item()
@@ -876,4 +879,4 @@ def published() -> list[dict]:
     """Tables of the papers as they print them, with the command of ours that makes each: {"paper",
     "table", "script", "command", "sets", "columns", "rows": {name: {"ours": row, "accuracy": [%,
     ...]}}, "deviations"}. results/ledger.md shows them beside our numbers."""
-    return json.loads((TINY_CLIP.parent / "published.json").read_text())
+    return json.loads((ASSETS / "published.json").read_text())

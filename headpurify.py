@@ -422,8 +422,8 @@ def study_heads(clip, class_features, task, row, gates, seed: int) -> dict:
     def measure(visual):
         return validate(visual, class_features, task, row)
 
-    found = what_heads_carry(clip.visual, domains, seed, outputs, distance)
-    found |= without_each(clip.visual, found.pop("mean"), measure)
+    found, mean = what_heads_carry(clip.visual, domains, seed, outputs, distance)
+    found |= without_each(clip.visual, mean, measure)
     return {**found, "gate": gates.tolist()}
 
 

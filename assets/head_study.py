@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from assets.heads import attention_inputs, head_grid, silence
+from assets.heads import attention_inputs, head_grid, output_rows, silence
 from assets.pictures import plot_heat, plot_heats
 from assets.report import format_table
 
@@ -50,10 +50,7 @@ def head_outputs(visual: nn.Module, images) -> torch.Tensor:
 
 def contribution(visual: nn.Module, layer: int, head: int, output) -> torch.Tensor:
     """What a head adds to a token, output (..., d) times its rows of W_o: (..., D)."""
-    attention = visual.transformer.resblocks[layer].attn
-    W_o = attention.out_proj.weight.detach()
-    by_head = W_o.unflatten(1, (attention.num_heads, -1))  # (D, H, d)
-    return output @ by_head[:, head].T
+    return output @ output_rows(visual, layer)[:, head].T
 
 
 @torch.no_grad()
@@ -85,8 +82,9 @@ def probe_accuracy(x, y, fitted, ridge: float = 1e-3) -> float:
 # ---------- All heads ----------------------------------------------------------------------------
 def what_heads_carry(
     visual: nn.Module, domains: dict, seed: int, outputs: Callable, distance: Callable
-) -> dict[str, list]:
-    """Probes and MMD of all heads, {measure: (layers, heads)}, and their "mean" outputs.
+) -> tuple[dict[str, list], torch.Tensor]:
+    """Probes and MMD of all heads, {measure: (layers, heads)}, and what each says on the average of
+    the sources, (layers, heads, d).
 
     Args: domains, image sets by name, the target last; outputs(function, images): what a function
     of batches says of an image set; distance(features (N, D), domain (N,)): MMD^2 of domains.
@@ -100,7 +98,7 @@ def what_heads_carry(
     fitted = torch.rand(len(x), generator=generator) < 0.5
 
     grid = head_grid(visual)
-    found = {"mean": x[sources, :, :, 1].mean(0)}  # (L, H, d)
+    found = {}
     for what, y in labels.items():
         found[f"probe {what}"] = accuracy = np.zeros(grid)
         for layer, head in np.ndindex(grid):
@@ -112,7 +110,8 @@ def what_heads_carry(
         added = contribution(visual, layer, head, at_cls)
         squared = distance(added.cpu(), labels["domain"][sources])
         found["MMD"][layer, head] = max(0, squared) ** 0.5
-    return {measure: values.tolist() for measure, values in found.items()}
+    found = {measure: values.tolist() for measure, values in found.items()}
+    return found, x[sources, :, :, 1].mean(0)
 
 
 def equal_shares(domains: dict) -> list:
@@ -136,13 +135,13 @@ def what_is_asked(sample: list) -> dict[str, torch.Tensor]:
     return {what: torch.cat(values) for what, values in labels.items()}
 
 
-def without_each(visual: nn.Module, mean: list, measure: Callable) -> dict[str, list]:
+def without_each(visual: nn.Module, mean, measure: Callable) -> dict[str, list]:
     """What accuracies gain without each head, {"without it, TEST": (layers, heads)}. mean: (layers,
     heads, d), what it says instead; measure(visual): {test: accuracy}."""
     with_all = measure(visual)
     found = {f"without it, {test}": np.zeros(head_grid(visual)) for test in with_all}
     for layer, head in np.ndindex(head_grid(visual)):
-        own_mean = torch.tensor(mean[layer][head], device=visual.proj.device)
+        own_mean = mean[layer, head].to(visual.proj.device)
         without = mean_ablated(visual, layer, head, own_mean)
         accuracies = measure(without)
         for test, accuracy in accuracies.items():

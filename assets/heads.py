@@ -35,12 +35,16 @@ def head_places(visual: nn.Module, names: list[str]) -> list[int]:
     return [known.index(name) for name in names]
 
 
+def output_rows(visual: nn.Module, layer: int) -> torch.Tensor:
+    """What each head of a layer meets of W_o, as PyTorch stores it: (D, heads, d), a view."""
+    attention = visual.transformer.resblocks[layer].attn
+    return attention.out_proj.weight.detach().unflatten(1, (attention.num_heads, -1))
+
+
 @torch.no_grad()
 def silence(visual: nn.Module, layer: int, head: int) -> None:
     """Take a head out, in place: the rows of W_o that it meets become zero."""
-    attention = visual.transformer.resblocks[layer].attn
-    by_head = attention.out_proj.weight.unflatten(1, (attention.num_heads, -1))  # (D, H, d)
-    by_head[:, head] = 0
+    output_rows(visual, layer)[:, head] = 0
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Make the folder `tiny_clip`: a real open_clip CLIP, pretrained on captioned tiny-world images.
 
-    python -m assets.pretrain_tiny_clip    # about half an hour on two CPU cores
+    python assets/pretrain_tiny_clip.py    # about half an hour on two CPU cores
 
 The skew of the web is imitated: photos are common, paintings and sketches rare; captions leave
 attributes out and are sometimes wrong. So zero-shot accuracy is good, and worse on the rare
@@ -13,7 +13,7 @@ token a word, is our own: `WordTokenizer`, with the key "vocabulary" of open_cli
 Other worlds and other CLIPs are a matter of flags: things that stand where they usually stand, or
 are mostly drawn; captions that say more; more heads; a tokenizer that any program can read:
 
-    python -m assets.pretrain_tiny_clip --layers 4 --width 128 --head-width 8 --usual-place 0.55 \\
+    python assets/pretrain_tiny_clip.py --layers 4 --width 128 --head-width 8 --usual-place 0.55 \\
         --usual-medium 4 --tokenizer merges --output FOLDER
     python headpurify.py --model local-dir:FOLDER --study heads --seeds 1000 --epochs 4 --lr 3e-3
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -32,7 +33,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torchvision.transforms import v2
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assets import tiny_world
+from assets.files import write_json
 from assets.tiny_words import BYTES, FILE, SPECIAL, TinyTokenizer, learn_merges, write_merges
 from assets.tiny_world import (
     BACKGROUNDS,
@@ -46,10 +49,7 @@ from assets.tiny_world import (
 CONTEXT = 20  # room for 16 learnt context vectors, a class name and the end token
 MODEL_CONFIG = {
     "embed_dim": 64,
-    "vision_cfg": {
-        "image_size": SIDE,
-        "patch_size": 4,
-    },
+    "vision_cfg": {"image_size": SIDE, "patch_size": 4},
     "text_cfg": {
         "context_length": CONTEXT,
         "width": 64,
@@ -230,7 +230,7 @@ def model_config(args) -> dict:
     text["vocab_size"] = len(TINY_VOCABULARY) + 2  # and padding, end of text
     if args.tokenizer == "merges":
         text["vocab_size"] = BYTES + len(learn_merges(TINY_VOCABULARY)) + SPECIAL
-        text["context_length"] += SPECIAL - 1
+        text["context_length"] += 1  # for the start token, which words have not
     return {**MODEL_CONFIG, "vision_cfg": image, "text_cfg": text}
 
 
@@ -251,7 +251,7 @@ def write_folder(args, config: dict, weights: dict, training: dict) -> None:
     folder = args.output
     save_file(weights, folder / "open_clip_model.safetensors")
     for name, value in (("open_clip_config", config), ("training", training)):
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+        write_json(folder / f"{name}.json", value)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -19,7 +19,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 
-from assets.tiny_world import InputError, WordTokenizer
+from assets.tiny_world import InputError, WordTokenizer, refuse_unknown
 
 FILE = "merges.txt.gz"
 BYTES, SPECIAL = 2 * 256, 2  # tokens beside the merges: bytes, also at a word's end; start and end
@@ -72,20 +72,11 @@ class TinyTokenizer(SimpleTokenizer):
         header, _, _ = gzip.decompress(self.file.read_bytes()).decode().partition("\n")
         self.words = header.split()
 
-    def unknown(self, text: str) -> list[str]:
-        """Words of a text that it does not know; a full stop or comma is no word."""
-        words = text.lower().replace(".", " ").replace(",", " ").split()
-        return [word for word in words if word not in self.words]
-
     def __call__(self, texts, context_length: int | None = None) -> torch.Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
         most = (context_length or self.context_length) - SPECIAL
         for text in texts:
-            for word in self.unknown(text):
-                raise InputError(
-                    f"the tiny CLIP does not know the word {word!r} (in {text!r}); "
-                    f"it knows: {', '.join(self.words)}"
-                )
+            refuse_unknown(text, self.words)
             tokens = len(self.encode(text))
             if tokens > most:
                 raise InputError(

@@ -518,6 +518,23 @@ WORDS = {*OFFICE_CLASSES, *WATERBIRD_CLASSES, *COLORS, *BACKGROUNDS, *OTHER_WORD
 TINY_VOCABULARY = tuple(sorted(WORDS))
 
 
+def words_of(text: str) -> list[str]:
+    return text.lower().replace(".", " ").replace(",", " ").split()
+
+
+def unknown_words(text: str, known) -> list[str]:
+    return [word for word in words_of(text) if word not in known]
+
+
+def refuse_unknown(text: str, known) -> None:
+    """Raises: InputError that names a word of a text which is none of those the tiny CLIP knows."""
+    for word in unknown_words(text, known):
+        raise InputError(
+            f"the tiny CLIP does not know the word {word!r} (in {text!r}); "
+            f"it knows: {', '.join(known)}"
+        )
+
+
 class WordTokenizer:
     """One token a word, for the tiny CLIP: a text or n texts -> (n, context_length) int64.
 
@@ -526,28 +543,17 @@ class WordTokenizer:
     """
 
     def __init__(self, vocabulary, context_length):
+        self.words = tuple(vocabulary)
         self.tokens = {word: i + 1 for i, word in enumerate(vocabulary)}
         self.end = len(vocabulary) + 1
         self.context_length = context_length
-
-    @staticmethod
-    def words(text):
-        return text.lower().replace(".", " ").replace(",", " ").split()
-
-    def unknown(self, text):
-        """Words of a text that it does not know."""
-        return [word for word in self.words(text) if word not in self.tokens]
 
     def __call__(self, texts):
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         for row, text in zip(tokens, texts):
-            words = self.words(text)
-            for word in self.unknown(text):
-                raise InputError(
-                    f"the tiny CLIP does not know the word {word!r} (in {text!r}); "
-                    f"it knows: {', '.join(self.tokens)}"
-                )
+            refuse_unknown(text, self.tokens)
+            words = words_of(text)
             if len(words) >= self.context_length:
                 most = f"the tiny CLIP reads at most {self.context_length - 1}"
                 raise InputError(f"{text!r} has {len(words)} words, {most}")

@@ -115,15 +115,14 @@ def test_a_planted_head_is_found(visual):
         noise = torch.randint(0, 40, (60, 3, 32, 32), generator=generator)
         pixels = (brightness + noise).to(torch.uint8)
         domains[name] = common.ImageSet(pixels, torch.arange(60) % 2, classes)
-    found = head_study.what_heads_carry(
+    found, mean = head_study.what_heads_carry(
         visual,
         domains,
         seed=0,
         outputs=common.outputs,
         distance=lambda x, domain: common.mmd2(x[domain == 0], x[domain == 1]).item(),
     )
-    mean = found.pop("mean")
-    assert np.shape(mean) == (6, 6, 16)
+    assert mean.shape == (6, 6, 16)
     assert list(found) == ["probe class", "probe domain", "MMD"]  # real data say no more
     assert np.max(found["probe domain"]) == 1
     assert np.mean(found["probe class"]) < 0.65  # labels go with nothing

@@ -310,8 +310,9 @@ def test_links_are_followed(own, tmp_path):
 
 
 def test_ten_thousand_links(own, tmp_path):
+    dogs = own / "эскизы" / "dog"
     for i in range(10_000):
-        (own / "эскизы" / "dog" / f"{i:05}.jpg").symlink_to(own / "эскизы" / "dog" / "two.JPG")
+        (dogs / f"{i:05}.jpg").symlink_to(dogs / "two.JPG")
     sketches = load_own(own)["эскизы"]
     assert sketches.labels.bincount().tolist() == [10_003, 3]
 
