@@ -25,7 +25,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import common
 
@@ -481,6 +481,14 @@ def preset(args) -> dict:
     return found
 
 
+def settings(argv=None):
+    """The command line, or argv, checked. Raises: InputError for what would have no effect."""
+    names = common.dataset_names("domains") + WITH_PARTS
+    doc = f"{__doc__}\n{common.value_table('defaults', DEFAULTS)}"
+    args = common.flags(METHOD, doc, MODES, names, OF_ALL_ROWS, argv)
+    return common.settle(args, preset(args))
+
+
 def refuse_idle_settings(args, task: str) -> None:
     """Raises: InputError for a setting without effect on this task or data set."""
     has_domains = args.dataset not in common.dataset_names("parts")
@@ -577,10 +585,7 @@ MAIN_MEASURES = ("target", "total", "H", "average OOD", "base")
 
 
 def main():
-    names = common.dataset_names("domains") + WITH_PARTS
-    doc = f"{__doc__}\n{common.value_table('defaults', DEFAULTS)}"
-    args = common.flags(METHOD, doc, MODES, names, OF_ALL_ROWS)
-    args = common.settle(args, preset(args))
+    args = settings()
     data = load_data(args, args.seeds[0])
     targets = [args.dataset]
     if isinstance(data, list):

@@ -16,6 +16,8 @@ Four words: a **Task** is what one run may see, a **row** is one line of a table
 target and seed, and a **record** is what a run leaves: {"target", "seed", "rows": {row: {measure:
 number}}, "extra"}. A measure is a name and a number in [0, 1]; `target/photo`: a part of `target`.
 
+`python common.py data` lists all data sets: which are there, and where.
+
 A method file imports this file and libraries, never another method file; `assets/` never imports
 this file.
 """
@@ -49,6 +51,7 @@ from assets.benchmarks import (
 )
 from assets.class_features import read_class_features as read_class_features
 from assets.command import command as command
+from assets.data_sets import main as list_data_sets
 from assets.files import replacing, write_json
 from assets.files import write_arrays as write_arrays
 from assets.files import write_tensors as write_tensors
@@ -636,11 +639,12 @@ class Clip:
     precision: str
     config: dict  # what `export_clip` writes down
     known: dict = field(default_factory=dict)  # class features that were asked for before
+    tower: nn.Module | None = None  # in place of the model's own: `replace(clip, tower=...)`
 
     @property
     def visual(self) -> nn.Module:
         """The image tower."""
-        return self.model.visual
+        return self.model.visual if self.tower is None else self.tower
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> torch.Tensor:
@@ -880,3 +884,7 @@ def published() -> list[dict]:
     "table", "script", "command", "sets", "columns", "rows": {name: {"ours": row, "accuracy": [%,
     ...]}}, "deviations"}. results/ledger.md shows them beside our numbers."""
     return json.loads((ASSETS / "published.json").read_text())
+
+
+if __name__ == "__main__":
+    command(list_data_sets)

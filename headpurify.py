@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import common
 from assets.head_study import report_heads, what_heads_carry, without_each
@@ -456,6 +456,7 @@ ROWS = {
     "ha-lora+dig": {"adapter": "ha-lora", "gated": True},
 }
 OURS = "ha-lora+dig"
+MODES = ["zero-shot", "lora", OURS]
 PROMPTS = ("file", "ensemble", "coop", "templates")  # a file where --class-features is given
 STUDIES = {
     "components": list(ROWS),
@@ -507,10 +508,10 @@ NEEDS |= dict.fromkeys(("lr", "rank", "last-rank", "scale"), "lora")
 METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES, NEEDS)
 
 
-def settings():
-    """The command's settings. Raises: InputError for one that would have no effect."""
+def settings(argv=None):
+    """The command line, or argv, checked. Raises: InputError for what would have no effect."""
     data = common.dataset_names("domains")
-    args = common.flags(METHOD, __doc__, ["zero-shot", "lora", OURS], data, OF_ALL_ROWS)
+    args = common.flags(METHOD, __doc__, MODES, data, OF_ALL_ROWS, argv)
     if args.study == "prompts" and not args.class_features:
         args.modes = [row for row in args.modes if "file" not in row]
     args = common.settle(args)

@@ -496,7 +496,7 @@ METHOD = common.Method("ldfs", SETTINGS, ROWS, STUDIES, NEEDS)
 
 
 def settings(argv=None):
-    """The command line, checked; `descriptions` becomes {slug of a domain: its words}."""
+    """The command line, or argv, checked; `descriptions` becomes {slug of a domain: its words}."""
     datasets = [*common.dataset_names("domains"), *WATERBIRDS]
     args = common.flags(METHOD, __doc__, MODES, datasets, SEEN, argv)
     preset = {"source": SOURCES.get(args.dataset, "photo")}

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import common
 from assets.vit import Block, PatchEmbedding, take_apart, torchvision_vit
@@ -543,11 +543,11 @@ NEEDS = {"div-lr": "div", "select-by": "sel"}  # rows that they have an effect o
 METHOD = common.Method("vit_diverse", SETTINGS, ROWS, STUDIES, NEEDS)
 
 
-def settings():
-    """The command's settings. Raises: InputError for one that would have no effect."""
+def settings(argv=None):
+    """The command line, or argv, checked. Raises: InputError for what would have no effect."""
     defaults = {dataset: dict(zip(VARYING, values)) for dataset, values in DEFAULTS.items()}
     doc = f"{__doc__}\n{common.value_table('defaults', defaults)}"
-    args = common.flags(METHOD, doc, list(ROWS), list(DEFAULTS), OF_ALL_ROWS)
+    args = common.flags(METHOD, doc, list(ROWS), list(DEFAULTS), OF_ALL_ROWS, argv)
     if args.dataset not in DEFAULTS:
         hint = common.did_you_mean(args.dataset, DEFAULTS)
         choice = f"Choose from {', '.join(DEFAULTS)}."

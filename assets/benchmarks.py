@@ -58,10 +58,14 @@ def layout_of(name: str, path: Path) -> str:
     return DATASETS[name]["layout"].replace("PATH", str(path))
 
 
-def missing(name: str, path, root) -> InputError:
+class Missing(InputError):
+    """A data set is not there, not even in part."""
+
+
+def missing(name: str, path, root) -> Missing:
     """The message for a data set that is not there."""
     row = DATASETS[name]
-    return InputError(
+    return Missing(
         f"data set {name!r} is not in {path}\n"
         f"  expected: {layout_of(name, path)}\n"
         f"  get it:   {row['source']}; then say where with --data-root (now {str(root)!r})\n"

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from assets.files import replacing
-
-matplotlib.use("Agg")  # no window
 
 
 def make_panels(rows: int, columns: int, width: float, height: float, **options) -> tuple:
     """A figure of so many inches and its panels, an array (rows, columns)."""
-    options |= {"figsize": (width, height), "layout": "constrained", "squeeze": False}
-    return plt.subplots(rows, columns, **options)
+    figure = Figure(figsize=(width, height), layout="constrained")  # no window, whatever else draws
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def save_figure(figure, path: Path) -> None:
     with replacing(path) as file:
         figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def add_legend(figure, axes, panels: int) -> None:

@@ -1,0 +1,96 @@
+"""Which data sets are there, and are they whole?
+
+python common.py data                          # all of them: found or missing, and where
+python common.py data --check pacs officehome  # also counts and opens every image
+"""
+
+from __future__ import annotations
+
+import argparse
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from assets.benchmarks import DATASETS, Missing, read_dataset
+from assets.images import what_is_wrong
+from assets.report import format_table
+from assets.settings import did_you_mean
+from assets.tiny_world import InputError
+
+DRAWN = "tiny-pacs, tiny-office, tiny-waterbirds, tiny-mnist-cifar"
+READ = [name for name, row in DATASETS.items() if row["reader"] != "mnist-cifar"]  # no image files
+
+
+def files_of(parts: dict[str, list]) -> list[str]:
+    """All images of {domain or part: [(file, label, ...), ...]}, each once."""
+    files = {}
+    for items in parts.values():
+        files |= dict.fromkeys(str(file) for file, *_ in items)
+    return list(files)
+
+
+def line_of(name: str, root: str) -> list[str]:
+    """What the list says of a data set: where, images, domains or parts, classes."""
+    folder = Path(root) / DATASETS[name]["folder"]
+    if name not in READ:
+        found = (folder / "MNIST").is_dir() and (folder / "cifar-10-batches-py").is_dir()
+        return ["found" if found else "missing (--download)", "-", "-", "2"]
+    try:
+        classes, parts = read_dataset(name, root)
+    except Missing:
+        return ["missing", "-", "-", "-"]
+    except InputError:
+        return [f"not whole: try --check {name}", "-", "-", "-"]
+    count = len(files_of(parts))
+    return [str(folder), f"{count:,}", str(len(parts)), str(len(classes))]
+
+
+def check(name: str, root: str) -> None:
+    """Count the images of a data set and open each of them. Raises: InputError for one that is not
+    as published, or that has images which cannot be read."""
+    classes, parts = read_dataset(name, root)
+    files = files_of(parts)
+    for part, items in parts.items():
+        print(f"{name}, {part}: {len(items):,} images")
+    wrong = []
+    row = DATASETS[name]
+    if "counts" in row and len(files) not in row["counts"]:
+        published = " or ".join(f"{count:,}" for count in row["counts"])
+        wrong.append(f"{len(files):,} images, published are {published}")
+    if "classes" in row and len(classes) != row["classes"]:
+        wrong.append(f"{len(classes)} classes, published are {row['classes']}")
+    Image.init()  # threads that load Pillow's readers at once may miss one
+    with ThreadPool() as pool:
+        found = pool.imap(what_is_wrong, files, chunksize=16)
+        broken = [why for why in tqdm(found, name, len(files), disable=None) if why]
+    wrong += [f"cannot be read: {why}" for why in broken]
+    if wrong:
+        raise InputError(f"{name} is not whole\n  " + "\n  ".join(wrong))
+    known = "as published" if "counts" in row else "there is no published count to compare with"
+    print(f"{name}: all {len(files):,} images of {len(classes)} classes can be read; {known}")
+
+
+def main() -> None:
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("common.py", description=__doc__, formatter_class=text)
+    parser.add_argument("what", choices=["data"])
+    parser.add_argument("--data-root", default="data", help="folder that holds their folders")
+    names = f"also count its images, and open each: {', '.join(READ)}"
+    parser.add_argument("--check", nargs="+", default=[], metavar="NAME", help=names)
+    args = parser.parse_args()
+    for name in args.check:
+        if name not in READ:
+            hint = did_you_mean(name, READ)
+            raise InputError(f"--check {name}: no such data set{hint} There are {', '.join(READ)}.")
+    if not args.check:
+        rows = {name: line_of(name, args.data_root) for name in DATASETS}
+        title = f"data sets in {args.data_root}"
+        print(format_table(title, ["where", "images", "domains or parts", "classes"], rows))
+        print(f"Drawn in seconds, needing no files: {DRAWN}")
+        print(
+            "A script that is given a missing one says what its folder must hold, and the source."
+        )
+    for name in args.check:
+        check(name, args.data_root)
