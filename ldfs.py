@@ -166,8 +166,7 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
             loss.backward()
             where = f"the mapper's (--mapper-lr) epoch {epoch}, batch {place} of seed {seed}"
             common.take_step(optimizer, loss, where)
-        with torch.no_grad():
-            loss = mapper_loss(row, mapper, holdout, class_features, scale, 0, weights).item()
+        loss = holdout_loss(row, mapper, holdout, class_features, scale, weights)
         if loss < lowest:
             lowest, best = loss, copy.deepcopy(mapper.state_dict())
     if best is None:
@@ -175,6 +174,18 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
         raise common.InputError(f"the mapper's loss is {loss}; {hint}")
     mapper.load_state_dict(best)
     return mapper.requires_grad_(False)
+
+
+@torch.no_grad()
+def holdout_loss(row, mapper, holdout, class_features, scale, class_weights) -> float:
+    """`mapper_loss` without noise, its mean over batches of 1,024: the pairs of all images at once
+    would need memory that grows with the square of their number."""
+    count, total = len(holdout[0]), 0.0
+    for some in torch.arange(count).split(1024):
+        batch = [values[some] for values in holdout]
+        loss = mapper_loss(row, mapper, batch, class_features, scale, 0, class_weights)
+        total += len(some) / count * loss.item()
+    return total
 
 
 def synthesise(row, clip, targets, train, holdout, class_features, seed) -> dict:

@@ -89,8 +89,6 @@ def main() -> None:
         title = f"data sets in {args.data_root}"
         print(format_table(title, ["where", "images", "domains or parts", "classes"], rows))
         print(f"Drawn in seconds, needing no files: {DRAWN}")
-        print(
-            "A script that is given a missing one says what its folder must hold, and the source."
-        )
+        print("Given a missing one, a script says what its folder must hold, and where to get it.")
     for name in args.check:
         check(name, args.data_root)

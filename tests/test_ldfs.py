@@ -237,20 +237,32 @@ def test_best_epoch_of_the_hold_out_is_taken(monkeypatch):
     """Held-out captions move the other way, so what is learnt makes the hold-out worse."""
     row, train, names = row_of(mapper_epochs=6, mapper_lr=3e-3), batch_of(), unit(3, 12).float()
     holdout = [train[0], train[1], train[3], train[2]]
-    losses, own = [], ldfs.mapper_loss
+    losses, own = [], ldfs.holdout_loss
 
-    def spy(row, mapper, batch, *rest, **options):
-        loss = own(row, mapper, batch, *rest, **options)
-        if batch is holdout:
-            losses.append(loss.item())
-        return loss
+    def spy(*arguments):
+        losses.append(own(*arguments))
+        return losses[-1]
 
-    monkeypatch.setattr(ldfs, "mapper_loss", spy)
+    monkeypatch.setattr(ldfs, "holdout_loss", spy)
     mapper = ldfs.train_mapper(row, train, holdout, names, 10.0, seed=0)
-    best = own(row, mapper, holdout, names, 10.0, 0).item()
+    best = ldfs.mapper_loss(row, mapper, holdout, names, 10.0, 0).item()
     assert len(losses) == 6
     assert losses == sorted(losses)
     assert best == losses[0] < losses[1]
+
+
+def test_a_large_hold_out_is_measured_in_batches():
+    row, names = row_of(), unit(3, 12).float()
+    mapper, holdout = Mapper(12, 32), batch_of(1024 + 76)
+    mapper.layers[2].weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    weights = ldfs.balanced(holdout[1], 3)
+    parts = []
+    for start, end in ((0, 1024), (1024, 1100)):
+        part = [values[start:end] for values in holdout]
+        loss = ldfs.mapper_loss(row, mapper, part, names, 10.0, 0, weights)
+        parts.append((end - start) * loss.item())
+    found = ldfs.holdout_loss(row, mapper, holdout, names, 10.0, weights)
+    assert found == pytest.approx(sum(parts) / 1100, rel=1e-6)
 
 
 def test_losses_that_are_not_finite_are_said():
