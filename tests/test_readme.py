@@ -46,6 +46,9 @@ def test_the_front_page_is_short_and_has_the_two_commands():
     assert "python headpurify.py --dataset pacs --target sketch" in commands(text)
 
 
+FROM_NOTEBOOKS = {"together-tiny-pacs.json": "05_together"}  # records, and what writes them
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_tables_and_numbers_are_those_of_the_records(name):
     """`python results/tables.py` would change nothing."""
@@ -87,7 +90,10 @@ def test_commands_are_understood(command, settings_of):
 
 def test_every_file_of_records_comes_from_a_command(settings_of):
     written = [settings_of(command).summary for command in OF_SCRIPTS]
-    assert sorted(path.name for path in written if path) == RECORDS
+    names = [path.name for path in written if path]
+    for name, notebook in FROM_NOTEBOOKS.items():
+        assert name in (ROOT / "notebooks" / f"{notebook}.ipynb").read_text()
+    assert sorted([*names, *FROM_NOTEBOOKS]) == RECORDS
 
 
 def test_other_commands_exist():
