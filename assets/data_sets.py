@@ -7,28 +7,18 @@ python common.py data --check pacs officehome  # also counts and opens every ima
 from __future__ import annotations
 
 import argparse
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from assets.benchmarks import DATASETS, Missing, read_dataset
-from assets.images import what_is_wrong
+from assets.images import files_of, reasons
 from assets.report import format_table
 from assets.settings import did_you_mean
 from assets.tiny_world import InputError
 
-DRAWN = "tiny-pacs, tiny-office, tiny-waterbirds, tiny-mnist-cifar"
+DRAWN = list(dict.fromkeys(row["stand-in"] for row in DATASETS.values()))
 READ = [name for name, row in DATASETS.items() if row["reader"] != "mnist-cifar"]  # no image files
-
-
-def files_of(parts: dict[str, list]) -> list[str]:
-    """All images of {domain or part: [(file, label, ...), ...]}, each once."""
-    files = {}
-    for items in parts.values():
-        files |= dict.fromkeys(str(file) for file, *_ in items)
-    return list(files)
 
 
 def line_of(name: str, root: str) -> list[str]:
@@ -61,11 +51,9 @@ def check(name: str, root: str) -> None:
         wrong.append(f"{len(files):,} images, published are {published}")
     if "classes" in row and len(classes) != row["classes"]:
         wrong.append(f"{len(classes)} classes, published are {row['classes']}")
-    Image.init()  # threads that load Pillow's readers at once may miss one
-    with ThreadPool() as pool:
-        found = pool.imap(what_is_wrong, files, chunksize=16)
-        broken = [why for why in tqdm(found, name, len(files), disable=None) if why]
-    wrong += [f"cannot be read: {why}" for why in broken]
+    for why in tqdm(reasons(files), name, len(files), disable=None):
+        if why:
+            wrong.append(f"cannot be read: {why}")
     if wrong:
         raise InputError(f"{name} is not whole\n  " + "\n  ".join(wrong))
     known = "as published" if "counts" in row else "there is no published count to compare with"
@@ -88,7 +76,7 @@ def main() -> None:
         rows = {name: line_of(name, args.data_root) for name in DATASETS}
         title = f"data sets in {args.data_root}"
         print(format_table(title, ["where", "images", "domains or parts", "classes"], rows))
-        print(f"Drawn in seconds, needing no files: {DRAWN}")
+        print(f"Drawn in seconds, needing no files: {', '.join(DRAWN)}")
         print("Given a missing one, a script says what its folder must hold, and where to get it.")
     for name in args.check:
         check(name, args.data_root)

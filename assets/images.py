@@ -137,15 +137,28 @@ def what_is_wrong(file: str) -> str:
     return ""
 
 
+def reasons(files: list[str]):
+    """`what_is_wrong` with each of them, in their order, many at a time."""
+    Image.init()  # threads that load Pillow's readers at once may miss one
+    with ThreadPool() as pool:
+        yield from pool.imap(what_is_wrong, files, chunksize=16)
+
+
+def files_of(parts: dict[str, list]) -> list[str]:
+    """All images of {part: [(file, label, ...), ...]}, each once."""
+    files = {}
+    for items in parts.values():
+        files |= dict.fromkeys(str(file) for file, *_ in items)
+    return list(files)
+
+
 def try_all(files: list[str]) -> None:
     """Read every file that is not `KNOWN`, once, and say which cannot be read."""
-    new = [file for file in dict.fromkeys(files) if file not in KNOWN]
+    new = [file for file in files if file not in KNOWN]
     if not new:
         return
     print(f"--skip-broken: reading {len(new)} images, once, to see which can be read", flush=True)
-    Image.init()  # threads that load Pillow's readers at once may miss one
-    with ThreadPool() as pool:
-        KNOWN.update(zip(new, pool.imap(what_is_wrong, new, chunksize=16)))
+    KNOWN.update(zip(new, reasons(new)))
     print(left_out() or "--skip-broken: all can be read", flush=True)
 
 
@@ -163,10 +176,7 @@ def leave_out_broken(classes, parts: dict[str, list]) -> dict[str, list]:
 
     Raises: InputError if a part loses all images of a class.
     """
-    files = []
-    for items in parts.values():
-        files += [str(file) for file, *_ in items]
-    try_all(files)
+    try_all(files_of(parts))
     kept = {}
     for part, items in parts.items():
         kept[part] = [item for item in items if not KNOWN[str(item[0])]]

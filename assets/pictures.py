@@ -144,15 +144,15 @@ def draw_heat(figure, axes, values, center=None, names=None) -> None:
     figure.colorbar(image)
 
 
-def write_cells(axes, image, values) -> None:
+def write_cells(axes, image, values, text=".2f", size=8) -> None:
     """Write its number into every cell of a heat map, in the ink that can be read on it."""
     for row, column in np.ndindex(values.shape):
         number = values[row, column]
         r, g, b, _ = image.cmap(image.norm(number))
         brightness = 0.3 * r + 0.6 * g + 0.1 * b
         ink = "white" if brightness < 0.5 else "black"
-        place = {"ha": "center", "va": "center", "fontsize": 8}
-        axes.text(column, row, f"{number:.2f}", color=ink, **place)
+        place = {"ha": "center", "va": "center", "fontsize": size}
+        axes.text(column, row, format(number, text), color=ink, **place)
 
 
 def plot_images(rows: dict[str, list], path: Path, frames=None) -> None:

@@ -23,6 +23,7 @@ import torch
 from IPython.display import Markdown, display
 
 import common
+from assets.pictures import write_cells
 
 # ---------- One look -----------------------------------------------------------------------------
 GREY, ORANGE, SKY, GREEN = "#6e6e6e", "#e69f00", "#56b4e9", "#009e73"
@@ -141,11 +142,7 @@ def heat(axes, values, x_names=None, y_names=None, center=None, text=".2f") -> N
         reach = max(1e-6, np.abs(values - center).max())
         scale = {"cmap": "PuOr_r", "vmin": center - reach, "vmax": center + reach}
     image = axes.imshow(values, aspect="auto", **scale)
-    for row, column in np.ndindex(values.shape):
-        r, g, b, _ = image.cmap(image.norm(values[row, column]))
-        ink = "white" if 0.3 * r + 0.6 * g + 0.1 * b < 0.5 else "black"
-        words = {"ha": "center", "va": "center", "color": ink, "fontsize": 9}
-        axes.text(column, row, format(values[row, column], text), **words)
+    write_cells(axes, image, values, text, size=9)
     rows, columns = values.shape
     axes.set_xticks(range(columns), x_names or range(1, columns + 1))
     axes.set_yticks(range(rows), y_names or range(1, rows + 1))
