@@ -128,7 +128,7 @@ class BetaMovingAverage(nn.Module):
             parameter.data = parameter.data.to(wide)
         shares = average_shares("bma", beta, steps) if shares is None else shares
         self.shares = shares.tolist()
-        self.register_buffer("step", torch.tensor(0))  # t, in the state dict; stays on the CPU
+        self.step = 0  # t
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -142,6 +142,13 @@ class BetaMovingAverage(nn.Module):
             torch._foreach_lerp_(average, current, share)  # one fused pass over the weights
         for mean, buffer in zip(self.model.buffers(), model.buffers()):
             mean.copy_(buffer)
+
+    def get_extra_state(self) -> int:
+        """t goes with the state dict."""
+        return self.step
+
+    def set_extra_state(self, step: int) -> None:
+        self.step = step
 
 
 # ---------- Training (Algorithm 1) ---------------------------------------------------------------
@@ -183,8 +190,8 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
     """Fine-tune a copy of CLIP's image tower with the one loss of `rows`; all averages run along.
 
     The model stays in eval mode, as in the authors' code: norms with statistics keep CLIP's. Every
-    epoch starts from a random state of its own, so that an interrupted training continues exactly
-    at an epoch's end.
+    epoch draws images by a seed of its own, so that an interrupted training continues exactly at an
+    epoch's end.
 
     Args:
         rows: {name: row}, which differ in how the trajectory is averaged, see `trainings`.
@@ -212,31 +219,33 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
         models[name] = parts[name].model if name in parts else model
 
     yield models, state | {name: part.state_dict() for name, part in parts.items()}
+    batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers, clip.device)
+    watched = common.Steps(optimizer, batches, scaler)
+    replica = common.replica(model)  # the model, or what averages its gradients over processes
     for epoch in range(state["epoch"], row.epochs):
         epoch_seed = seed * 1000 + epoch
-        torch.manual_seed(epoch_seed)  # for augmentation
-        batches = common.SourceBatches(task.train, row.batch_size, epoch_seed, row.workers)
+        batches.restart(epoch_seed, steps=row.steps_per_epoch)
         title = f"{'/'.join(rows)} {epoch + 1}"
         for step in tqdm(range(row.steps_per_epoch), title, leave=False, disable=None):
             images, y, _ = next(batches)  # (S b, 3, h, w), (S b,)
-            loss = loss_of(model, images, y, row, clip, class_features)
+            loss = loss_of(replica, images, y, row, clip, class_features)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             place = epoch * row.steps_per_epoch + step + 1
-            where = f"{'/'.join(rows)}, step {place} of seed {seed}"
-            common.take_step(optimizer, loss, where, batches, scaler)
+            watched.take(loss, f"{'/'.join(rows)}, step {place} of seed {seed}")
             schedule.step()
             round_to_half(half)
             for average in averages:
                 average.update(model)
             round_to_half(half_averages)
-        state = {"epoch": epoch + 1, "loss": loss.item()}
+        watched.check()
+        state = {"epoch": epoch + 1, "loss": common.mean_of_processes(loss)}
         yield models, state | {name: part.state_dict() for name, part in parts.items()}
 
 
 def loss_of(model, images, labels, row, clip, class_features) -> torch.Tensor:
     """The loss of a batch: Eq. 3; Eq. 1 for a linear classifier and for learned prompts."""
-    labels = labels.to(clip.device)
+    labels = labels.to(clip.device, non_blocking=True)
     with common.autocast(clip.device, clip.precision):
         output = model(images.to(clip.device, non_blocking=True))  # (S b, D or C)
     if row.loss not in IS_CLIP:
@@ -449,7 +458,7 @@ TRAINED = "linear|ms|coop"
 NEEDS = {"margin": "ms", "beta": "bma", "ema": "ema", "wise-ft": "wise-ft", "lr": "linear|ms"}
 NEEDS |= {"head-lr": "linear", "prompt-lr": "coop", "weight-decay": "linear|ms"}
 NEEDS |= dict.fromkeys(("batch-size", "epochs", "steps-per-epoch"), TRAINED)
-METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES, NEEDS)
+METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES, NEEDS, shared=True)
 # {"task, data set": its settings}; also of "tiny CLIP", and of "any other" data set
 FILE = Path(__file__).with_name("assets") / "clipood.json"
 DEFAULTS = json.loads(FILE.read_text())

@@ -2,15 +2,16 @@
 
 1. Images       image sets; domains and parts of benchmarks, and their tiny stand-ins
 2. Tasks        what one run may see: unseen domains, unseen classes, both
-3. Batches      of all source domains alike
-4. CLIP         `load_clip` and what travels with a CLIP, export
-5. MMD          `mmd2`
-6. Evaluation   `evaluate`, `outputs`
+3. CLIP         `load_clip` and what travels with a CLIP, export
+4. MMD          `mmd2`
+5. Evaluation   `evaluate`, `outputs`
 
 What any command needs comes from modules in assets/, and is called `common.X` like the rest:
-settings.py (flags; rows with settings of their own), runs.py (`open_run`: a folder that appears
-when it is complete, or can be continued), report.py (tables and pictures of records), pictures.py,
-prompts.py (CoOp and CoCoOp, which the papers compare with), command.py (errors in one line).
+settings.py (flags; rows with settings of their own), batches.py (`SourceBatches`, of all source
+domains alike), steps.py (`Steps` of an optimizer, watched), parallel.py (several processes as one),
+runs.py (`open_run`: a folder that appears when it is complete, or can be continued), report.py
+(tables and pictures of records), pictures.py, prompts.py (CoOp and CoCoOp, which the papers compare
+with), command.py (errors in one line).
 
 Four words: a **Task** is what one run may see, a **row** is one line of a table, a **run** is one
 target and seed, and a **record** is what a run leaves: {"target", "seed", "rows": {row: {measure:
@@ -27,7 +28,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -40,9 +40,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from assets import parallel
+from assets.batches import SourceBatches as SourceBatches
+from assets.batches import as_is
+from assets.batches import check_batch_sizes as check_batch_sizes
 from assets.benchmarks import (
     DATASETS,
     load_mnist_cifar,
@@ -57,6 +61,10 @@ from assets.files import write_arrays as write_arrays
 from assets.files import write_tensors as write_tensors
 from assets.images import leave_out_broken
 from assets.images import read_image as read_image
+from assets.parallel import average_gradients as average_gradients
+from assets.parallel import gathered as gathered
+from assets.parallel import mean_of_processes as mean_of_processes
+from assets.parallel import replica as replica
 from assets.pictures import plot_heat as plot_heat
 from assets.pictures import plot_images as plot_images
 from assets.pictures import plot_panels as plot_panels
@@ -92,6 +100,7 @@ from assets.settings import prompt_template as prompt_template
 from assets.settings import settle as settle
 from assets.settings import share as share
 from assets.settings import slug as slug
+from assets.steps import Steps as Steps
 from assets.stop import stop_if_asked
 from assets.tiny_words import FILE as MERGES
 from assets.tiny_words import TinyTokenizer, tokenizer_of
@@ -508,120 +517,7 @@ def in_the_wild(domains, target: str) -> Task:
     return Task(classes, train, tests)
 
 
-# ---------- 3. Batches ---------------------------------------------------------------------------
-def as_is(batch):
-    return batch
-
-
-class EndlessSampler(Sampler):
-    """Indices of one random order after another, without end; `orders` are those so far."""
-
-    def __init__(self, n: int, generator: torch.Generator):
-        self.n, self.generator = n, generator
-        self.orders = []
-
-    def __iter__(self):
-        while True:
-            order = torch.randperm(self.n, generator=self.generator)
-            self.orders.append(order)
-            yield from order.tolist()
-
-
-class SourceBatches:
-    """Endless batches with equally many images of every source domain.
-
-    `next` gives images (S * per_domain, 3, h, w), labels and domain numbers (S * per_domain,),
-    domain after domain.
-    """
-
-    def __init__(self, sets: dict[str, ImageSet], per_domain: int, seed: int, workers: int = 0):
-        self.sets, self.per_domain = sets, per_domain
-        self.step = 0
-        self.samplers, self.iterators = [], []
-        for index, images in enumerate(sets.values()):
-            generator = torch.Generator().manual_seed(seed * 1000 + index)
-            sampler = EndlessSampler(len(images), generator)
-            options = {"num_workers": workers, "persistent_workers": workers > 0}
-            options |= {"sampler": sampler, "generator": generator, "collate_fn": as_is}
-            loader = DataLoader(images, per_domain, **options)
-            self.samplers.append(sampler)
-            self.iterators.append(iter(loader))
-        self.domain = torch.arange(len(sets)).repeat_interleave(per_domain)
-
-    def __next__(self) -> tuple:
-        images, labels = [], []
-        for iterator in self.iterators:
-            x, y = next(iterator)
-            images.append(x)
-            labels.append(y)
-        self.step += 1
-        return torch.cat(images), torch.cat(labels), self.domain
-
-    def names(self) -> list[str]:
-        """The images of the last batch, for a message: their domain, and file or number."""
-        end = self.step * self.per_domain
-        names = []
-        for (domain, images), sampler in zip(self.sets.items(), self.samplers):
-            drawn = torch.cat(sampler.orders)[end - self.per_domain : end]
-            names += [f"{domain} {images.name(i)}" for i in drawn]
-        return names
-
-
-def check_batch_sizes(rows: dict, sets: dict[str, ImageSet]) -> None:
-    """Raises: InputError for a row whose batch would hold every image of every source many times.
-
-    A domain smaller than a batch is cycled through, as in DomainBed, so that published batch sizes
-    go with few images. Above 64, as large as those are, a batch ends at the largest source.
-    """
-    largest = max(map(len, sets.values()))
-    most = max(64, largest)
-    for row in rows.values():
-        if row.batch_size > most:
-            raise InputError(
-                f"--batch-size {row.batch_size} is per source domain, and the largest has only "
-                f"{largest} training images: at most {most}"
-            )
-
-
-def take_step(optimizer, loss, where: str, batches: SourceBatches | None = None, scaler=None):
-    """One step of an optimizer along the gradients that are there. Stops at a loss or gradient that
-    is not finite before any weights become so, and at such weights before anything takes them in.
-
-    Args: scaler: of fp16, which leaves out a step whose gradient is not finite.
-    Raises: InputError that names `where` the training was, its learning rate and its batch.
-    """
-    weights = []
-    for group in optimizer.param_groups:
-        weights += group["params"]
-    where = f"{where}, learning rate {optimizer.param_groups[0]['lr']:.3g}"
-    norm = total_norm([weight.grad for weight in weights if weight.grad is not None])
-    value, norm = torch.stack([loss.detach().to(norm), norm]).tolist()  # the device is asked once
-    left_out = scaler is not None and scaler.is_enabled()
-    if not (math.isfinite(value) and (math.isfinite(norm) or left_out)):
-        raise broken(where, f"the loss is {value}, its gradient's norm {norm}", batches)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    size = total_norm([weight.detach() for weight in weights]).item()
-    if not math.isfinite(size):
-        raise broken(where, f"the norm of the weights is {size}", batches)
-
-
-def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """A scalar, not finite if a number of any of them is not."""
-    return torch.stack(torch._foreach_norm(tensors)).norm()
-
-
-def broken(where: str, what: str, batches: SourceBatches | None) -> InputError:
-    hint = "try a lower learning rate"
-    if batches:
-        hint += f", or look at this batch: {', '.join(batches.names())}"
-    return InputError(f"{where}: {what}; {hint}")
-
-
-# ---------- 4. CLIP ------------------------------------------------------------------------------
+# ---------- 3. CLIP ------------------------------------------------------------------------------
 ASSETS = Path(__file__).parent / "assets"
 TINY_CLIP = ASSETS / "tiny_clip"  # made by assets/pretrain_tiny_clip.py
 
@@ -760,6 +656,8 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     `classes.json` lie beside the weights, so that the classifier is complete.
     Raises: InputError, before anything is written, for numbers that are not finite.
     """
+    if parallel.number():
+        return  # the first process writes
     folder = Path(folder)
     tower = (visual or clip.visual).state_dict()
     for key, value in {"class features": class_features, **tower}.items():
@@ -779,43 +677,54 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
         np.save(file, class_features.cpu().numpy())
 
 
-# ---------- 5. MMD -------------------------------------------------------------------------------
+# ---------- 4. MMD -------------------------------------------------------------------------------
 def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
     """Squared maximum mean discrepancy of samples x (n, D) and y (m, D), the biased estimator.
 
         k(x, y) = mean over bandwidths b of exp(-|x - y|^2 / b)
         MMD^2   = mean k(x, x') + mean k(y, y') - 2 mean k(x, y)      (all pairs, also the diagonal)
 
+    Several pairs of samples at once: x (..., n, D), y (..., m, D), a number for each.
+
     bandwidths: positive numbers, in squared units of x. Default (our choice): 1/4, 1/2, 1, 2, 4
     times the median squared distance between different points of the joint sample, through which
     no gradient flows.
 
-    Returns: a scalar >= 0, zero for identical samples; differentiable also where points coincide.
+    Returns: (...) >= 0, zero for identical samples; differentiable also where points coincide.
     Raises: ValueError if shapes do not fit or a bandwidth is not positive.
     """
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not len(x) or not len(y):
+    fits = x.ndim >= 2 and x.shape[:-2] == y.shape[:-2] and x.shape[-1:] == y.shape[-1:]
+    if not fits or not x.numel() or not y.numel():
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise ValueError(f"mmd2 needs x (n, D) and y (m, D), not empty, got {shapes}")
-    joint = torch.cat([x, y])  # (n + m, D)
+    joint = torch.cat([x, y], -2)  # (..., n + m, D)
     if joint.dtype in (torch.float16, torch.bfloat16):
         joint = joint.float()
     distance = torch.cdist(joint, joint, compute_mode="donot_use_mm_for_euclid_dist").square()
     if bandwidths is None:
-        different = ~torch.eye(len(joint), dtype=torch.bool, device=x.device)
-        median = distance.detach()[different].median().clamp(min=1e-6)
+        different = off_diagonal(distance.detach()).flatten(-2)
+        median = different.median(-1).values.clamp(min=1e-6)[..., None, None]
         bandwidths = [median * factor for factor in (0.25, 0.5, 1, 2, 4)]
     elif not len(bandwidths) or any(float(b) <= 0 for b in bandwidths):
         raise ValueError(f"bandwidths must be positive numbers, got {bandwidths}")
     kernels = [torch.exp(-distance / b) for b in bandwidths]
-    kernel = sum(kernels) / len(bandwidths)  # (n + m, n + m)
-    n = len(x)
-    within_x = kernel[:n, :n].mean()
-    within_y = kernel[n:, n:].mean()
-    between = kernel[:n, n:].mean()
+    kernel = sum(kernels) / len(bandwidths)  # (..., n + m, n + m)
+    n = x.shape[-2]
+    within_x = kernel[..., :n, :n].mean((-2, -1))
+    within_y = kernel[..., n:, n:].mean((-2, -1))
+    between = kernel[..., :n, n:].mean((-2, -1))
     return (within_x + within_y - 2 * between).clamp(min=0)
 
 
-# ---------- 6. Evaluation ------------------------------------------------------------------------
+def off_diagonal(square: torch.Tensor) -> torch.Tensor:
+    """(..., N, N) -> (..., N - 1, N), all but the diagonal: behind each of its elements come N
+    others."""
+    N = square.shape[-1]
+    behind_first = square.flatten(-2)[..., 1:]
+    return behind_first.unflatten(-1, (N - 1, N + 1))[..., :-1]
+
+
+# ---------- 5. Evaluation ------------------------------------------------------------------------
 def autocast(device: torch.device | str, precision: str):
     """Matrix products in half precision where `precision` says so; weights stay in float32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -849,12 +758,19 @@ def outputs(function, images: ImageSet, device="cpu", batch_size=256, workers=0)
 
     Raises: InputError if it says nan, of which an accuracy would make a class.
     """
-    loader = DataLoader(images, batch_size, collate_fn=as_is, num_workers=workers)
+    shared = len(images) >= parallel.count() > 1
+    own = images
+    if shared:
+        own = images.subset(range(parallel.number(), len(images), parallel.count()))
+    options = {"collate_fn": as_is, "num_workers": workers}
+    options["pin_memory"] = torch.device(device).type == "cuda"
     found = []
-    for x, _ in loader:
-        found.append(function(x.to(device)).cpu())
+    for x, _ in DataLoader(own, batch_size, **options):
+        found.append(function(x.to(device, non_blocking=True)))
         stop_if_asked()
-    found = torch.cat(found)
+    found = torch.cat(found).cpu()
+    if shared:
+        found = parallel.whole(found, len(images))
     if found.isnan().any():
         raise InputError("a model's outputs are nan: try a lower --lr, or look at its weights")
     return found

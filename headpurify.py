@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import itertools
 import time
 
 import numpy as np
@@ -165,18 +164,19 @@ def recorded(visual: nn.Module, where: str):
             hook.remove()
 
 
-def mmd_loss(features: list[torch.Tensor], domain: torch.Tensor, bandwidths=None) -> torch.Tensor:
-    """L_MMD: MMD^2 of domains of a batch, averaged over pairs of domains and the features (B, D) in
-    the list. domain: (B,), numbers of domains. Raises: InputError if there is only one."""
-    domains = domain.unique().tolist()
-    if len(domains) < 2:
+def mmd_loss(features: list[torch.Tensor], sources: int, bandwidths=None) -> torch.Tensor:
+    """L_MMD: MMD^2 of the domains of a batch, averaged over their pairs and over the features (S n,
+    D) in the list: n of each of S sources, domain after domain, so that no number is asked for on
+    the way. Raises: InputError if there is only one."""
+    if sources < 2:
         raise common.InputError("L_MMD compares domains: two are needed, or --modes lora ha-lora")
-    pairs = list(itertools.combinations(domains, 2))
+    one, other = torch.triu_indices(sources, sources, 1, device=features[0].device)  # all pairs
     distances = []
     for feature in features:
         x = F.normalize(feature.float(), dim=-1)
-        for a, b in pairs:
-            distances.append(common.mmd2(x[domain == a], x[domain == b], bandwidths))
+        x = x.unflatten(0, (sources, -1))  # (S, n, D)
+        pairs = x.index_select(0, one), x.index_select(0, other)  # (pairs, n, D) each
+        distances.append(common.mmd2(*pairs, bandwidths))
     return torch.stack(distances).mean()
 
 
@@ -203,11 +203,12 @@ def trained_now(strategy: str, step: int, steps: int, weights: list, gates: list
 
 
 # ---------- Training -----------------------------------------------------------------------------
-def train(clip, class_features, task, row, seed: int) -> tuple:
+def train(clip, class_features, task, row, seed: int, saved=None, save=None) -> tuple:
     """Fine-tune a copy of CLIP's image tower on the sources of a task.
 
-    Args: class_features (C, D), unit-norm; row: see `SETTINGS` and `ROWS`. Returns: the tower as it
-    was when it classified the source hold-outs best, merged; and what is kept in the record.
+    Args: class_features (C, D), unit-norm; row: see `SETTINGS` and `ROWS`; saved: a state that was
+    given to the function `save`, to go on from there. Returns: the tower as it was when it
+    classified the source hold-outs best, merged; and what is kept in the record.
     """
     torch.manual_seed(seed)
     visual = copy.deepcopy(clip.visual)
@@ -217,36 +218,65 @@ def train(clip, class_features, task, row, seed: int) -> tuple:
     images = sum(map(len, task.train.values()))
     steps_per_epoch = max(1, images // (row.batch_size * len(task.train)))
     steps = row.epochs * steps_per_epoch
-    optimizer = make_optimizer(row, weights, gates)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")
-    batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers)
-    history, best, state = [], -1.0, {}
+    parts, state = training_parts(row, weights, gates, steps, saved)
+    learnt, optimizer, schedule, scaler = parts.values()
+    batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers, row.device)
+    batches.restart(seed, state["step"])
+    watched = common.Steps(optimizer, batches, scaler)
     visual.train()
-    for step in tqdm(range(1, steps + 1), disable=None):
-        batch = [part.to(row.device, non_blocking=True) for part in next(batches)]
-        loss_cls, loss_mmd = losses(visual, *batch, class_features, clip.logit_scale, row, reached)
+    for step in tqdm(range(state["step"] + 1, steps + 1), disable=None):
+        images, labels, _ = [part.to(row.device, non_blocking=True) for part in next(batches)]
+        batch = images, labels, len(task.train)
+        both = losses(visual, *batch, class_features, clip.logit_scale, row, reached)
         trained = trained_now(row.strategy, step, steps, weights, gates)
         reached_now = [parameter for parameter in trained if parameter in reached]
         optimizer.zero_grad()
-        scaled = scaler.scale(loss_cls), scaler.scale(loss_mmd)  # changes them in fp16 alone
+        scaled = [scaler.scale(loss) for loss in both]  # which changes them in fp16 alone
         route_gradients(*scaled, trained, reached_now, row.alpha)
-        where, loss = f"{row.name}, step {step} of seed {seed}", loss_cls + row.alpha * loss_mmd
-        common.take_step(optimizer, loss, where, batches, scaler)
+        common.average_gradients(trained)  # of all processes, if there are several
+        loss_cls, loss_mmd = both
+        loss = loss_cls + row.alpha * loss_mmd
+        watched.take(loss, f"{row.name}, step {step} of seed {seed}")
         schedule.step()
         if step % (row.eval_every * steps_per_epoch) and step < steps:
             continue
-        found = {"step": step, "loss_cls": loss_cls.item(), "loss_mmd": loss_mmd.item()}
-        found |= validate(visual, class_features, task, row)
-        history.append(found)
-        if found["hold-out"] > best:  # the target is never asked
-            best = found["hold-out"]
-            state = copy.deepcopy(visual.state_dict())
-    visual.load_state_dict(state)
-    learnt = {**what_was_learnt(visual, layers, weights + gates), "history": history}
+        watched.check()
+        accuracies = validate(visual, class_features, task, row, row.watch_target)
+        remember(state, step, both, accuracies, learnt)
+        if save:
+            save(state | {name: part.state_dict() for name, part in parts.items()})
+    learnt.load_state_dict(state["chosen"])
+    found = {**what_was_learnt(visual, layers, weights + gates), "history": state["history"]}
     if layers:
         merge(visual)
-    return visual.eval(), learnt
+    return visual.eval(), found
+
+
+def training_parts(row, weights: list, gates: list, steps: int, saved=None) -> tuple[dict, dict]:
+    """What changes in a training: {name: part}, each with a state dict; and what it has found."""
+    optimizer = make_optimizer(row, weights, gates)
+    parts = {
+        "learnt": nn.ParameterList(weights + gates),
+        "optimizer": optimizer,
+        "schedule": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        "scaler": torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16"),
+    }
+    if not saved:
+        return parts, {"step": 0, "history": [], "best": -1.0, "chosen": None}
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return parts, {name: value for name, value in saved.items() if name not in parts}
+
+
+def remember(state: dict, step: int, both_losses, accuracies: dict, learnt: nn.Module) -> None:
+    """A point of the history; and what is learnt so far, if the hold-out was never better."""
+    loss_cls, loss_mmd = map(common.mean_of_processes, both_losses)
+    found = {"step": step, "loss_cls": loss_cls, "loss_mmd": loss_mmd, **accuracies}
+    state["step"] = step
+    state["history"].append(found)
+    if accuracies["hold-out"] > state["best"]:  # the target is never asked
+        state["best"] = accuracies["hold-out"]
+        state["chosen"] = copy.deepcopy(learnt.state_dict())
 
 
 def make_optimizer(row, weights: list, gates: list) -> torch.optim.Optimizer:
@@ -270,8 +300,9 @@ def what_was_learnt(visual, layers: list, trained: list) -> dict:
     }
 
 
-def losses(visual, images, labels, domain, class_features, logit_scale, row, reached):
-    """L_cls and L_MMD of a batch (B, 3, h, w), scalars; L_MMD is 0 where it reaches nothing."""
+def losses(visual, images, labels, sources, class_features, logit_scale, row, reached):
+    """L_cls and L_MMD of a batch (B, 3, h, w) of some number of sources, scalars; L_MMD is 0 where
+    it reaches nothing."""
     where = row.mmd_at if reached else "output"
     with common.autocast(row.device, row.precision), recorded(visual, where) as tokens:
         embedding = visual(images)  # (B, D)
@@ -282,7 +313,8 @@ def losses(visual, images, labels, domain, class_features, logit_scale, row, rea
     compared = [embedding]
     if tokens:
         compared = [layer[:, 0] for layer in tokens]  # CLS tokens (B, D)
-    return loss_cls, mmd_loss(compared, domain, row.bandwidths)
+    compared = [common.gathered(feature, sources) for feature in compared]  # of all processes
+    return loss_cls, mmd_loss(compared, sources, row.bandwidths)
 
 
 def make_trainable(visual, row) -> tuple:
@@ -309,13 +341,13 @@ def lora_ranks(row, heads: int):
     return round(factor * row.rank), round(factor * row.last_rank)
 
 
-def validate(visual, class_features, task, row):
-    """Accuracies of a tower in training: on source hold-outs, which may choose, and the target. It
-    goes on in the mode it was in."""
+def validate(visual, class_features, task, row, target=True):
+    """Accuracies of a tower in training: on source hold-outs, which may choose, and if asked for on
+    the target. It goes on in the mode it was in."""
     training = visual.training
     visual.eval()
     classify = common.clip_classifier(visual, class_features, row.precision)
-    tests = {name: task.tests[name] for name in ("hold-out", "target")}
+    tests = {name: task.tests[name] for name in ("hold-out", "target")[: 1 + target]}
     measures = common.evaluate(classify, tests, row.device, row.workers)
     visual.train(training)
     return {name: measures[name] for name in tests}
@@ -416,8 +448,8 @@ def study_heads(clip, class_features, task, row, gates, seed: int) -> dict:
     def outputs(function, images):
         return common.outputs(function, images, row.device, workers=row.workers)
 
-    def distance(features, domain):
-        return mmd_loss([features], domain, row.bandwidths).item()
+    def distance(features, sources):
+        return mmd_loss([features], sources, row.bandwidths).item()
 
     def measure(visual):
         return validate(visual, class_features, task, row)
@@ -495,6 +527,7 @@ SETTINGS = [
     ("full-lr", common.positive, 5e-6, 1e-3, "of full fine-tuning (our choice)"),
     ("weight-decay", common.at_least(0, float), 0.01, 0.01, "of all but gates (our choice)"),
     ("eval-every", common.at_least(1), 1, 1, "epochs between evaluations"),
+    ("watch-target", bool, False, True, "evaluate the target as often; the oracle needs it"),
 ]
 OF_ALL_ROWS = [
     common.TARGET,
@@ -505,7 +538,7 @@ OF_ALL_ROWS = [
 # {setting: rows that it has an effect on}
 NEEDS = {"lora-rank": "^lora", "full-lr": "full", "gate-lr": "dig", "strategy": "lora.dig"}
 NEEDS |= dict.fromkeys(("lr", "rank", "last-rank", "scale"), "lora")
-METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES, NEEDS)
+METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES, NEEDS, shared=True)
 
 
 def settings(argv=None):
@@ -536,13 +569,18 @@ def compare(args, task, run) -> None:
         visual, learnt = clip.visual, {}
         if row.adapter or row.gated:
             start = time.perf_counter()
-            visual, learnt = train(clip, class_features, task, row, seed)
+            saved = (run.state or {}).get(name)
+
+            def save(state, name=name):
+                run.save({name: state})
+
+            visual, learnt = train(clip, class_features, task, row, seed, saved, save)
             seconds = time.perf_counter() - start
             run.extra[name] = learnt
             print(f"{name}: {learnt['parameters']:,} parameters trained in {seconds:.0f} s")
         classify = common.clip_classifier(visual, class_features, row.precision)
         measures = common.evaluate(classify, task.tests, row.device, row.workers)
-        if learnt:
+        if learnt and row.watch_target:
             # of other checkpoints; the oracle bounds what choosing one can gain
             targets = [found["target"] for found in learnt["history"]]
             measures |= {"target, last": targets[-1], "target, oracle": max(targets)}
@@ -630,7 +668,8 @@ def main():
                     compare(args, task.transformed(augment, args.clip.preprocess), run)
             records.append(run.record)
     result = common.report(args, records)
-    print("Checkpoints are chosen on the hold-out, the oracle's on the target.")
+    chosen = "Checkpoints are chosen on the hold-out"
+    print(f"{chosen}, the oracle's on the target." if args.watch_target else f"{chosen}.")
     if args.study:
         report_study(args, records)
     return result

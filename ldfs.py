@@ -155,17 +155,18 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
     mapper = Mapper(features.shape[1], row.hidden, row.mapper == "residual").to(features.device)
     weights = balanced(labels, len(class_features))
     options = {"lr": row.mapper_lr, "weight_decay": row.weight_decay}
-    optimizer = torch.optim.AdamW(mapper.parameters(), **options)
+    watched = common.Steps(torch.optim.AdamW(mapper.parameters(), **options))
     lowest, best = float("inf"), None
     for epoch in range(1, row.mapper_epochs + 1):
         order = torch.randperm(len(features))
         for place, some in enumerate(order.split(row.batch_size), start=1):
             batch = [values[some] for values in train]
             loss = mapper_loss(row, mapper, batch, class_features, scale, row.sigma, weights)
-            optimizer.zero_grad()
+            watched.optimizer.zero_grad()
             loss.backward()
             where = f"the mapper's (--mapper-lr) epoch {epoch}, batch {place} of seed {seed}"
-            common.take_step(optimizer, loss, where)
+            watched.take(loss, where)
+        watched.check()
         loss = holdout_loss(row, mapper, holdout, class_features, scale, weights)
         if loss < lowest:
             lowest, best = loss, copy.deepcopy(mapper.state_dict())
@@ -251,6 +252,7 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
     steps = -(-len(sets[0][0]) // row.batch_size)  # an epoch; the last batch may be smaller
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=row.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.epochs * steps)
+    watched = common.Steps(optimizer)
     for epoch in range(1, row.epochs + 1):
         order = torch.randperm(len(labels))
         for place, some in enumerate(order.tensor_split(steps), start=1):
@@ -258,8 +260,9 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
             optimizer.zero_grad()
             loss.backward()
             where = f"{row.finetune}'s (--lr) epoch {epoch}, batch {place} of seed {seed}"
-            common.take_step(optimizer, loss, where)
+            watched.take(loss, where)
             schedule.step()
+    watched.check()
     return classify
 
 

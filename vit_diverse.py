@@ -284,19 +284,22 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     weight = getattr(row, "lambda")  # 0: ERM
     order = torch.Generator().manual_seed(seed)
     options = {"generator": order, "collate_fn": common.as_is, "num_workers": row.workers}
+    options |= {"persistent_workers": row.workers > 0, "pin_memory": row.device.type == "cuda"}
     loader = DataLoader(sets["train"], row.batch_size, shuffle=True, **options)
     optimizer = torch.optim.Adam(model.parameters(), row.lr)
     milestones = [int(part * row.epochs) or 1 for part in (0.7, 0.8)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
     scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")
+    watched = common.Steps(optimizer, scaler=scaler)
 
     history = []
     for epoch in tqdm(range(1, row.epochs + 1), desc=f"lambda {weight:g}", disable=None):
         model.train()
         for place, (images, labels) in enumerate(loader, start=1):
-            labels = labels.to(row.device)
+            images = images.to(row.device, non_blocking=True)
+            labels = labels.to(row.device, non_blocking=True)
             with common.autocast(row.device, row.precision):
-                inputs = model.head_inputs(images.to(row.device))  # (H, B, N, D)
+                inputs = model.head_inputs(images)  # (H, B, N, D)
                 heads = model.head_outputs(inputs)  # (B, H, d)
                 logits = model.logits(heads).float()  # (B, C)
             loss_erm = F.cross_entropy(logits, labels)
@@ -307,8 +310,8 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
             # L_IG holds gradients: its own gradient goes through the network a second time
             loss = loss_erm + weight * loss_ig
             scaler.scale(loss).backward()
-            where = f"epoch {epoch}, batch {place} of seed {seed}, lambda {weight:g}"
-            common.take_step(optimizer, loss, where, scaler=scaler)
+            watched.take(loss, f"epoch {epoch}, batch {place} of seed {seed}, lambda {weight:g}")
+        watched.check()
         schedule.step()
         model.eval()
         found = {"epoch": epoch, "loss_erm": loss_erm.item(), "loss_ig": loss_ig.item()}

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from assets import stop
+from assets import parallel, stop
 from assets.report import report_average
 from assets.tiny_world import InputError
 
@@ -16,6 +16,7 @@ def command(main: Callable) -> None:
     and exit code 2. After Ctrl-C it is 130, after SIGTERM 143, as a shell has it."""
     try:
         with stop.listening():
+            parallel.start()
             lines = command_lines(sys.argv[1:])
             if len(lines) > 1:
                 several(main, lines)

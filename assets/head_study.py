@@ -87,7 +87,8 @@ def what_heads_carry(
     the sources, (layers, heads, d).
 
     Args: domains, image sets by name, the target last; outputs(function, images): what a function
-    of batches says of an image set; distance(features (N, D), domain (N,)): MMD^2 of domains.
+    of batches says of an image set; distance(features (N, D), S): MMD^2 of S sources, domain after
+    domain.
     """
     sample = equal_shares(domains)
     encoded = [outputs(lambda x: head_outputs(visual, x), images) for images in sample]
@@ -108,7 +109,7 @@ def what_heads_carry(
     for layer, head in np.ndindex(grid):
         at_cls = x[sources, layer, head, 0].to(visual.proj.device)
         added = contribution(visual, layer, head, at_cls)
-        squared = distance(added.cpu(), labels["domain"][sources])
+        squared = distance(added.cpu(), len(domains) - 1)
         found["MMD"][layer, head] = max(0, squared) ** 0.5
     found = {measure: values.tolist() for measure, values in found.items()}
     return found, x[sources, :, :, 1].mean(0)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from assets import parallel
 from assets.files import write_json
 from assets.images import left_out
 from assets.pictures import plot_dots, plot_panels
@@ -234,6 +235,8 @@ def scale_of(values) -> str:
 def report(args, records: list[dict], measure: str = "target") -> tuple[list[dict], str]:
     """Print tables over all runs, what they say, and which files were written. Returns: records and
     measure, of which `report_average` makes an average over data sets."""
+    if parallel.number():
+        return records, measure  # the first process says it
     runs = "run" if len(records) == 1 else "runs"
     versus = measure if len(records) > 1 else None
     print("\n" + table(f"{args.dataset}, {len(records)} {runs}, %", records, versus))

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from assets import stop
+from assets import parallel, stop
 from assets.files import PARTIAL, write_json, write_tensors
 from assets.settings import slug
 from assets.tiny_world import InputError
@@ -28,7 +31,7 @@ except ImportError:  # Windows
 
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
     "data_root device workers output resume seeds target source summary figures download study "
-    "method more rows clip"
+    "method more rows clip save_every"
 ).split()
 
 
@@ -42,6 +45,8 @@ class Run:
     complete: bool = False
     state: dict | None = None  # of a row that was interrupted
     within_row: bool = False  # does the checkpoint hold a state?
+    save_every: float = 0  # seconds between two states of a row
+    saved_at: float = -math.inf
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -56,10 +61,18 @@ class Run:
         self.rows[row] = measures
         shown = [f"{name} {100 * x:.1f}" for name, x in measures.items() if "/" not in name]
         print(f"{row}: {', '.join(shown)} %", flush=True)
-        self.save(state)
+        self.write(state)
 
-    def save(self, state: dict | None = None) -> None:
+    def save(self, state: dict) -> None:
+        """Keep the state of a row that trains, if the last time was long enough ago."""
+        if time.monotonic() - self.saved_at >= self.save_every:
+            self.write(state)
+
+    def write(self, state: dict | None) -> None:
         """Replace the checkpoint in one go: a kill while it is written leaves the one before."""
+        self.saved_at = time.monotonic()
+        if parallel.number():
+            return
         self.within_row = bool(state)
         saved = {"settings": self.settings, "record": self.record, "state": state}
         write_tensors(self.folder / "checkpoint.pt", saved)
@@ -96,7 +109,11 @@ def open_run(args, target: str, seed: int, label: str = ""):
     settings = {k: v for k, v in vars(args).items() if k not in NOT_OF_A_RUN}
     settings = json.loads(json.dumps({**settings, "target": target, "seed": seed}, default=str))
     record = {"target": target, "seed": seed, "rows": {}, "extra": {}}
-    run = Run(final.with_name(f".{name}.partial"), settings, record)
+    folder = final.with_name(f".{name}.partial")
+    run = Run(folder, settings, record, save_every=60 * args.save_every)
+    if parallel.number():
+        yield from follow(args, run, final)
+        return
     with stop.in_steps(), parents(final), locked(final.with_name(f".{name}.lock")):
         old = final.with_name(f".{name}.old")
         if old.exists() and not final.exists():  # a kill came while the new run took its place
@@ -104,6 +121,7 @@ def open_run(args, target: str, seed: int, label: str = ""):
         shutil.rmtree(old, ignore_errors=True)  # or just after that
         if args.resume:
             resume(run, final)
+        parallel.wait()  # for all to read what this one may replace
         if run.complete:
             yield run
             return
@@ -126,6 +144,16 @@ def open_run(args, target: str, seed: int, label: str = ""):
         (final / "checkpoint.pt").unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
         run.folder = final
+
+
+def follow(args, run: Run, final: Path):
+    """A run in another process than the first: it writes where it is lost."""
+    if args.resume:
+        resume(run, final)
+    parallel.wait()
+    with stop.in_steps(), tempfile.TemporaryDirectory() as folder:
+        run.folder = Path(folder)
+        yield run
 
 
 @contextlib.contextmanager
@@ -211,8 +239,9 @@ def resume(run: Run, final: Path) -> None:
     try:
         if found == checkpoint:
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            for left in run.folder.rglob(f"{PARTIAL}*"):  # by a kill
-                left.unlink()
+            if not parallel.number():
+                for left in run.folder.rglob(f"{PARTIAL}*"):  # by a kill
+                    left.unlink()
         else:
             record = json.loads(result.read_text())
             saved = {"settings": record.pop("settings"), "record": record, "state": None}
@@ -235,5 +264,6 @@ def resume(run: Run, final: Path) -> None:
     run.within_row = bool(run.state)
     if run.complete:
         run.folder = final
-        (final / "checkpoint.pt").unlink(missing_ok=True)
+        if not parallel.number():
+            (final / "checkpoint.pt").unlink(missing_ok=True)
     print(f"--resume: found {found}", flush=True)

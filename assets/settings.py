@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from assets import parallel
 from assets.tiny_world import InputError
 
 
@@ -92,11 +93,12 @@ COMMON_SETTINGS = [
     ("pretrained", str, None, None, "tag or file (openai; its weights in a FILE: NAME-quickgelu)"),
     ("device", str, "auto", "auto", "auto, cpu, cuda, cuda:1 or mps"),
     ("precision", ("auto", "fp32", "bf16", "fp16"), "auto", "auto", "auto: bf16 where a GPU can"),
-    ("workers", at_least(0, most=1024), None, None, "processes that read images (4; tiny data 0)"),
+    ("workers", at_least(0, most=1024), None, None, "that read images (one a core; tiny data 0)"),
     ("output", Path, Path("runs"), Path("runs"), "folder of all runs"),
     ("summary", Path, None, None, "also write the records of all runs to this JSON file"),
     # not given is None: so runs from before there was this flag can be continued
     ("skip-broken", bool, None, None, "leave out images that cannot be read, and say how many"),
+    ("save-every", at_least(0, float), 5.0, 0.0, "minutes between two checkpoints within a row"),
     ("resume", bool, False, False, "keep complete runs, continue interrupted ones"),
     ("figures", bool, False, False, "write analysis.npz and more pictures into the runs' folders"),
 ]
@@ -118,7 +120,8 @@ class Parser(argparse.ArgumentParser):
 class Method:
     """What a script has to offer: its settings, and the rows and studies they are compared in.
 
-    needs: {setting: pattern} of settings without effect on rows whose name does not match.
+    needs: {setting: pattern} of settings without effect on rows whose name does not match; shared:
+    may several processes train together?
     """
 
     name: str
@@ -126,6 +129,7 @@ class Method:
     rows: dict[str, dict]
     studies: dict[str, list[str]]
     needs: dict[str, str] = field(default_factory=dict)
+    shared: bool = False
 
 
 def add_settings(group, settings: list[tuple]) -> None:
@@ -173,6 +177,10 @@ def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=
     add_settings(parser.add_argument_group("method and training"), method.settings)
     add_settings(parser.add_argument_group("model, device, output"), COMMON_SETTINGS)
     args = parser.parse_args(argv)
+    if parallel.count() > 1 and not method.shared:
+        raise InputError(
+            f"{method.name}.py runs in one process: start it with python, not torchrun"
+        )
     if args.study and args.modes:
         raise InputError("--study and --modes both say what to compare: give one of them")
     if len({*args.seeds}) < len(args.seeds):
@@ -199,7 +207,7 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
         what = "is for images in files of their own"
         raise InputError(f"--skip-broken {what} and has no effect on {args.dataset}")
     preset.setdefault("cue", 0.95 if args.dataset == "tiny-waterbirds" else 0.4)
-    preset.setdefault("workers", 0 if tiny_data else 4)
+    preset.setdefault("workers", 0 if tiny_data else readers())
     args.model = args.model or preset.get("model") or ("tiny" if tiny_data else "ViT-B-16")
     if args.model == "tiny" and args.pretrained:
         raise InputError(f"--pretrained {args.pretrained} has no effect with --model tiny")
@@ -217,6 +225,13 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
     settle_device(args)
     args.rows = {text: read_row(text, args) for text in args.modes}
     return args
+
+
+def readers() -> int:
+    """Processes that read images: one for each core that this one may use, at most 16; shared by
+    the processes of this machine that train."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, cores // parallel.count_on_this_machine()))
 
 
 def refuse_idle(args: argparse.Namespace) -> None:
@@ -252,6 +267,8 @@ def settle_device(args: argparse.Namespace) -> None:
     wanted = args.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and parallel.count() > 1:
+        wanted = f"cuda:{parallel.on_this_machine()}"
     hint = "use auto, cpu, cuda, cuda:1 or mps"
     try:
         args.device = torch.device(wanted)

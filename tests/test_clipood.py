@@ -476,7 +476,6 @@ def test_training_moves_the_tower_by_the_gradient_of_the_loss():
     arguments = "--epochs 1 --steps-per-epoch 1 --weight-decay 0 --lr 1e-4"
     clip, task, rows, features = small_run("mms", arguments=arguments)
     tower_after = trained(clip, task, rows, features, seed=5)[0]["mms"]
-    torch.manual_seed(5000)  # of augmentation in epoch 0
     images, labels, _ = next(common.SourceBatches(task.train, 4, 5000))
     tower = copy.deepcopy(clip.visual).requires_grad_(True)
     image_features = F.normalize(tower(images), dim=-1)
@@ -503,7 +502,6 @@ def test_float16_storage_is_the_authors_loop():
     alpha = beta_weights(6, 0.5)
     for t in range(1, 7):
         if t in (1, 4):  # an epoch of three steps
-            torch.manual_seed(2000 + t // 4)
             batches = common.SourceBatches(task.train, 4, 2000 + t // 4)
         images, labels, _ = next(batches)
         for weight, own in zip(tower.parameters(), stored):
@@ -741,7 +739,7 @@ def test_killed_run_is_resumed_exactly(command, two_domains, tmp_path, monkeypat
     )
     command(f"{line} --output quiet")
     (quiet,) = (tmp_path / "quiet" / "clipood").iterdir()
-    own, calls = common.take_step, []
+    own, calls = common.Steps.take, []
 
     def power_cut(*args):
         calls.append(args)
@@ -749,7 +747,7 @@ def test_killed_run_is_resumed_exactly(command, two_domains, tmp_path, monkeypat
             raise common.InputError("power cut")
         own(*args)
 
-    monkeypatch.setattr(common, "take_step", power_cut)
+    monkeypatch.setattr(common.Steps, "take", power_cut)
     assert "power cut" in command(f"{line} --output killed")
     killed = tmp_path / "killed" / "clipood" / quiet.name
     assert not killed.exists()

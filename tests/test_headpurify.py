@@ -296,16 +296,15 @@ def test_gradient_routing(purified_batch, where, mmd_grad):
 def test_mmd_loss_averages_over_pairs_and_features():
     generator = torch.Generator().manual_seed(8)
     features = [torch.randn(6, 5, generator=generator) for _ in range(2)]
-    domain = torch.tensor([0, 0, 1, 1, 2, 2])
     expected = []
     for feature in features:
         one, two, three = F.normalize(feature, dim=-1).split(2)
         for a, b in ((one, two), (one, three), (two, three)):
             expected.append(common.mmd2(a, b).item())
-    found = headpurify.mmd_loss(features, domain).item()
+    found = headpurify.mmd_loss(features, sources=3).item()
     assert found == pytest.approx(np.mean(expected), rel=1e-6)
     with pytest.raises(common.InputError, match="two are needed"):
-        headpurify.mmd_loss(features, torch.zeros(6, dtype=torch.long))
+        headpurify.mmd_loss(features, sources=1)
 
 
 STRATEGIES = {
@@ -562,3 +561,33 @@ def test_prompt_study_takes_a_file_where_one_is_given(call_main, monkeypatch):
     without, given = rows.values()
     assert given == ["zero-shot/prompt=file", "ha-lora+dig/prompt=file", *without]
     assert len(without) == 6
+
+
+def test_a_training_that_was_cut_off_goes_on_exactly(call_main, small_world, tmp_path, monkeypatch):
+    """In the middle of its second epoch: it goes on after the first, and ends with the same bytes.
+
+    With other processes that read, and augmented files, see test_clipood.py.
+    """
+    line = "--modes zero-shot ha-lora+dig --epochs 3 --batch-size 14"
+    call_main(headpurify.main, f"{line} --output quiet")
+    own, calls = common.Steps.take, []
+
+    def power_cut(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise common.InputError("power cut")
+        own(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(common.Steps, "take", power_cut)
+        assert "power cut" in call_main(headpurify.main, f"{line} --output cut")
+    calls.clear()
+    monkeypatch.setattr(common.Steps, "take", lambda *args: (calls.append(args), own(*args)))
+    call_main(headpurify.main, f"{line} --output cut --resume")
+    assert len(calls) == 8  # of 12 steps
+    (folder,) = (tmp_path / "quiet" / "headpurify").iterdir()
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    assert files
+    for file in files:
+        again = tmp_path / "cut" / "headpurify" / folder.name / file
+        assert again.read_bytes() == (folder / file).read_bytes(), file

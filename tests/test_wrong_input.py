@@ -414,7 +414,7 @@ def a_step(loss, gradient, lr=1.0):
     weight.grad = torch.full((3,), gradient)
     optimizer = torch.optim.SGD([weight], lr)
     try:
-        common.take_step(optimizer, torch.tensor(loss), "step 7")
+        common.Steps(optimizer).take(torch.tensor(loss), "step 7")
     except common.InputError as error:
         return weight, str(error)
     return weight, ""
@@ -438,7 +438,7 @@ def test_fp16_leaves_out_a_step_whose_gradient_is_not_finite():
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.full((3,), torch.inf)
     optimizer = torch.optim.SGD([weight], 1.0)
-    common.take_step(optimizer, torch.tensor(0.5), "step 7", scaler=scaler)
+    common.Steps(optimizer, scaler=scaler).take(torch.tensor(0.5), "step 7")
     assert steps == [optimizer]
 
 

@@ -1,0 +1,90 @@
+"""Steps of an optimizer: numbers that break are named, and a GPU is not waited for."""
+
+import functools
+
+import pytest
+import torch
+from operations import Operations
+from torch import nn
+
+import clipood
+import common
+import headpurify
+import ldfs
+import vit_diverse
+from assets import steps
+
+
+# ---------- A queue ------------------------------------------------------------------------------
+class Batches:
+    step = 0
+
+    def names(self, step):
+        return [f"image {step}"]
+
+
+@pytest.mark.parametrize("broken_step, looked_at", [(1, 3), (3, 3), (4, 6), (5, 6), (7, 7)])
+def test_the_first_broken_step_is_named_though_numbers_are_seen_later(broken_step, looked_at):
+    """Looking at every third step, and at the end."""
+    weight = nn.Parameter(torch.ones(2))
+    batches = Batches()
+    watched = common.Steps(torch.optim.SGD([weight], 0.1), batches)
+    watched.every = 3
+    with pytest.raises(common.InputError) as error:
+        for step in range(1, 8):
+            batches.step = step
+            weight.grad = torch.full((2,), torch.nan if step >= broken_step else 1.0)
+            watched.take(torch.tensor(0.5), f"step {step}")
+        watched.check()
+    assert batches.step == looked_at
+    message = str(error.value)
+    assert message.startswith(f"step {broken_step}, learning rate 0.1: the loss is 0.5, ")
+    assert message.endswith(f"this batch: image {broken_step}")
+
+
+# ---------- No step of any method waits ----------------------------------------------------------
+def plain_sgd(groups, *_, **__):
+    """In place of Adam, which asks a CPU for the number of its step; on a GPU it does not."""
+    return torch.optim.SGD(groups, 1e-4)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Few images, and numbers are looked at every so many steps."""
+    own = steps.Steps.__init__
+
+    def init(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        self.every = steps.EVERY
+
+    monkeypatch.setattr(steps.Steps, "__init__", init)
+    for name in ("Adam", "AdamW"):
+        monkeypatch.setattr(torch.optim, name, plain_sgd)
+    classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
+    monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (classes, 10, 2))
+    draw = functools.partial(common.draw_digits_and_vehicles, sizes=(400, 20, 20))
+    monkeypatch.setattr(common, "draw_digits_and_vehicles", draw)
+
+
+TRAININGS = [
+    (headpurify, "--modes ha-lora+dig --epochs 1 --batch-size {}", 14),
+    (headpurify, "--modes full ha-lora+dig/mmd-at=layers --epochs 1 --batch-size {}", 14),
+    (clipood, "--modes linear+ema mms mms+bma --epochs 1 --steps-per-epoch 2 --batch-size {}", 14),
+    (ldfs, "--modes lads ldfs --epochs 1 --mapper-epochs 1 --targets cartoon --batch-size {}", 14),
+    (vit_diverse, "--modes div+sel --epochs 1 --batch-size {}", 100),
+]
+
+
+@pytest.mark.parametrize("script, line, size", TRAININGS)
+def test_no_step_waits_for_a_gpu(as_on_a_gpu, call_main, script, line, size):
+    """An epoch of twice as many steps has as many operations that wait."""
+    found = []
+    for batch_size in (size, size // 2):
+        more_steps = line.format(batch_size).replace("epoch 2 ", f"epoch {2 * size // batch_size} ")
+        with Operations() as operations:
+            printed = call_main(script.main, f"{more_steps} --output {batch_size}")
+        assert "Runs are in" in printed
+        found.append((operations.launched, operations.waits))
+    (launched, waits), (more, waits_then) = found
+    assert more > 1.1 * launched  # there were more steps
+    assert waits_then == waits
