@@ -35,7 +35,7 @@ def test_two_processes_are_as_one(checkout, script):
         apart = (weights_of_two[name] - weight).abs()
         if name.endswith("in_proj_bias"):  # a key's has no effect: Adam follows rounding errors
             apart = apart.unflatten(0, (3, -1))[[0, 2]]
-        assert apart.max() < 1e-5, name
+        assert apart.max() < 5e-5, name  # weights move by up to 2e-3
     assert two["rows"]["zero-shot"] == one["rows"]["zero-shot"]
     *_, trained = one["rows"]
     for measure, accuracy in one["rows"][trained].items():

@@ -141,9 +141,10 @@ def fresh_images(domain, rng, transform):
     return images.transformed(transform)
 
 
-def test_tiny_clip_recognises_fresh_images_and_has_a_domain_gap():
-    """The bounds the shipped model was made for."""
-    clip = common.load_clip("tiny")
+@pytest.mark.parametrize("name", ["tiny", f"local-dir:{common.ASSETS / 'tiny_clip_16_heads'}"])
+def test_tiny_clip_recognises_fresh_images_and_has_a_domain_gap(name):
+    """The bounds the shipped models were made for."""
+    clip = common.load_clip(name)
     class_features = clip.class_features(tiny_world.OFFICE_CLASSES)
     classify = common.clip_classifier(clip.visual, class_features)
     rng = tiny_world.tiny_rng(77, "test")
