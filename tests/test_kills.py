@@ -231,6 +231,7 @@ def test_one_process_has_a_run_until_it_is_dead(start, tmp_path):
     first = start("headpurify", endless, tmp_path / "first")
     wait_for(first, "zero-shot")
     time.sleep(1)
+    os.kill(first.pid, signal.SIGSTOP)  # it would go on writing checkpoints
     where = f"--output {tmp_path / 'first' / 'runs'}"
     before = contents(tmp_path / "first")
     for resume in ("", "--resume"):
