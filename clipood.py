@@ -589,10 +589,6 @@ def test_on_the_way(clip, models, rows, task, run, state) -> None:
             history.append({"step": step, "loss": state["loss"], **measures})
 
 
-# what a task is about; the first that a table has (a linear classifier has no H)
-MAIN_MEASURES = ("target", "total", "H", "average OOD", "base")
-
-
 def main():
     args = settings()
     data = load_data(args, args.seeds[0])
@@ -615,9 +611,7 @@ def main():
                     task = make_task(args, data, target, seed)
                     compare(args, task.transformed(augment, args.clip.preprocess), run)
             records.append(run.record)
-    measures = common.measures_of(records)
-    main_measure = next(name for name in MAIN_MEASURES if name in measures)
-    return common.report(args, records, main_measure)
+    return common.report(args, records)
 
 
 if __name__ == "__main__":

@@ -552,10 +552,11 @@ def main():
                 if not run.complete:
                     train_and_test(args, clip, task, targets, run, seed, cache)
             records.append(run.record)
+    result = common.report(args, records)
     quality = [{**record, "rows": record["extra"]["synthesised"]} for record in records]
     if quality[0]["rows"]:
         print("\n" + common.table("synthesised features, %", quality))
-    return common.report(args, records)
+    return result
 
 
 if __name__ == "__main__":

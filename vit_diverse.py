@@ -592,7 +592,7 @@ def main():
                 if args.figures:
                     save_heads(run)
         records.append(run.record)
-    result = common.report(args, records, "ood")
+    result = common.report(args, records)
     if args.protocol == "published":
         print("published: the best epoch (and head) on each validation set, ID and OOD apart")
     if args.study == "budget":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Callable
 
 from assets import parallel, stop
-from assets.report import report_average
+from assets.report import Elsewhere, report_average
 from assets.tiny_world import InputError
 
 
@@ -19,9 +20,11 @@ def command(main: Callable) -> None:
             parallel.start()
             lines = command_lines(sys.argv[1:])
             if len(lines) > 1:
-                several(main, lines)
+                until_settled(lambda: several(main, lines))
             else:
-                main()
+                until_settled(main)
+    except Elsewhere as elsewhere:
+        print(f"\n{elsewhere}")
     except stop.Stopped as stopped:
         number = stop.heard.number
         print(f"stopped by {signal.Signals(number).name};", stopped, file=sys.stderr)
@@ -31,6 +34,23 @@ def command(main: Callable) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def until_settled(go: Callable) -> None:
+    """With --share: `go` on until all runs are complete, or as many as before are in other hands.
+
+    A process that is through with what was free so looks again at what others had: one of them may
+    have been killed.
+    """
+    left = math.inf
+    while True:
+        try:
+            go()
+            return
+        except Elsewhere as elsewhere:
+            if len(elsewhere.runs) >= left:
+                raise
+            left = len(elsewhere.runs)
 
 
 def message_of(error: InputError) -> str:
@@ -53,19 +73,24 @@ def command_lines(arguments: list[str]) -> dict[str, list[str]]:
 
 def several(main: Callable, lines: dict[str, list[str]]) -> None:
     """Run `main`, which returns its records and their main measure, for one data set after another;
-    then average. Raises: InputError, in the end, that names what could not be run."""
+    then average. Raises, in the end: Elsewhere, if runs were left to other processes; InputError
+    that names what could not be run."""
     for argument in sys.argv:
         if argument.startswith("--summary"):
             raise InputError("--summary holds the records of one data set: give one --dataset")
-    found, missing = {}, []
+    found, missing, left = {}, [], []
     for name, arguments in lines.items():
         print(f"\n=== {name}", flush=True)
         sys.argv[1:] = arguments
         try:
             found[name], measure = main()
+        except Elsewhere as elsewhere:
+            left += elsewhere.runs
         except InputError as error:
             missing.append(name)
             print(f"{name} is left out: {message_of(error)}", flush=True)
+    if left:
+        raise Elsewhere(left)
     if found:
         report_average(found, measure)
     if missing:

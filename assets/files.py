@@ -24,7 +24,7 @@ def replacing(path):
     part of the new one.
     """
     path = Path(path)
-    partial = path.with_name(PARTIAL + path.name)
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

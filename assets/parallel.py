@@ -61,6 +61,15 @@ def wait() -> None:
         dist.barrier()
 
 
+def from_first(value):
+    """What the first process gives, for all; it may be anything that can be pickled."""
+    if count() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 # ---------- What is shared -----------------------------------------------------------------------
 def share(size: int) -> slice:
     """This process's part of `size` things: one of equal parts, in the order of processes."""

@@ -49,6 +49,20 @@ def measures_of(records: list[dict]) -> list[str]:
     return [name for name in longest if "/" not in name]
 
 
+# what runs are about; the first that a table has
+MAIN_MEASURES = ("target", "total", "H", "average OOD", "base", "ood")
+
+
+def main_measure(records: list[dict]) -> str:
+    measures = measures_of(records)
+    return next(name for name in MAIN_MEASURES if name in measures)
+
+
+def name_of(dataset: str, record: dict) -> str:
+    """A run in words: `pacs sketch seed 0`."""
+    return " ".join(filter(None, (dataset, record["target"], f"seed {record['seed']}")))
+
+
 def targets_of(records: list[dict]) -> list[str]:
     targets = [record["target"] for record in records]
     return list(dict.fromkeys(targets))
@@ -232,9 +246,25 @@ def scale_of(values) -> str:
 
 
 # ---------- The end of a command -----------------------------------------------------------------
-def report(args, records: list[dict], measure: str = "target") -> tuple[list[dict], str]:
+class Elsewhere(Exception):
+    """Runs are in the hands of other processes, so that there is no table yet."""
+
+    def __init__(self, runs: list[str]):
+        super().__init__(
+            f"In the hands of other processes: {', '.join(runs)}. When they are complete, the same "
+            "command prints the tables; until then `python common.py table` shows what is there."
+        )
+        self.runs = runs
+
+
+def report(args, records: list[dict]) -> tuple[list[dict], str]:
     """Print tables over all runs, what they say, and which files were written. Returns: records and
-    measure, of which `report_average` makes an average over data sets."""
+    their main measure, of which `report_average` makes an average over data sets. Raises: Elsewhere
+    if runs were left to other processes."""
+    left = [name_of(args.dataset, record) for record in records if not record["rows"]]
+    if left:
+        raise Elsewhere(left)
+    measure = main_measure(records)
     if parallel.number():
         return records, measure  # the first process says it
     runs = "run" if len(records) == 1 else "runs"

@@ -31,7 +31,7 @@ except ImportError:  # Windows
 
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
     "data_root device workers output resume seeds target source summary figures download study "
-    "method more rows clip save_every"
+    "method more rows clip save_every share"
 ).split()
 
 
@@ -42,7 +42,7 @@ class Run:
     folder: Path
     settings: dict
     record: dict  # {"target", "seed", "rows": {row: {measure: number}}, "extra"}
-    complete: bool = False
+    complete: bool = False  # nothing is to be done: it is there, or in other hands
     state: dict | None = None  # of a row that was interrupted
     within_row: bool = False  # does the checkpoint hold a state?
     save_every: float = 0  # seconds between two states of a row
@@ -101,6 +101,9 @@ def open_run(args, target: str, seed: int, label: str = ""):
     (`run.complete`) and an interrupted one continued, if its settings are these. A run that fails
     or is stopped leaves its checkpoint, if it has one, and else nothing.
 
+    A run belongs to one process at a time, see `locked`. With --share one that another process is
+    at is left to it: there is nothing to do, and its record has no rows.
+
     Raises: InputError if the place cannot be written, is another process's, or holds a run with
     other settings; Stopped if a signal came.
     """
@@ -114,11 +117,18 @@ def open_run(args, target: str, seed: int, label: str = ""):
     if parallel.number():
         yield from follow(args, run, final)
         return
-    with stop.in_steps(), parents(final), locked(final.with_name(f".{name}.lock")):
+    lock = final.with_name(f".{name}.lock")
+    with stop.in_steps(), parents(final), locked(lock, args.share) as mine:
+        if not mine:
+            leave(run, final)
+            parallel.from_first(run.record)
+            yield run
+            return
         old = final.with_name(f".{name}.old")
         if old.exists() and not final.exists():  # a kill came while the new run took its place
             old.rename(final)
         shutil.rmtree(old, ignore_errors=True)  # or just after that
+        parallel.from_first(None)  # it is not in other hands
         if args.resume:
             resume(run, final)
         parallel.wait()  # for all to read what this one may replace
@@ -148,12 +158,26 @@ def open_run(args, target: str, seed: int, label: str = ""):
 
 def follow(args, run: Run, final: Path):
     """A run in another process than the first: it writes where it is lost."""
+    left = parallel.from_first(None)
+    if left:
+        run.record, run.complete = left, True
+        yield run
+        return
     if args.resume:
         resume(run, final)
     parallel.wait()
     with stop.in_steps(), tempfile.TemporaryDirectory() as folder:
         run.folder = Path(folder)
         yield run
+
+
+def leave(run: Run, final: Path) -> None:
+    """Leave a run to the process that is at it, which may only be reading a complete one."""
+    run.complete = True
+    if (final / "result.json").exists() and not run.folder.exists():
+        take_up(run, final, final / "result.json")
+    else:
+        print("left to the process that is at this run", flush=True)
 
 
 @contextlib.contextmanager
@@ -186,19 +210,37 @@ def make_folder(path: Path, keep: bool) -> None:
         ) from None
 
 
+class Held(InputError):
+    """Another process has a run."""
+
+
 @contextlib.contextmanager
-def locked(path: Path):
+def locked(path: Path, share: bool = False):
     """Keep other processes out of a run: by a lock on a file beside its folder, while it lasts.
 
     The kernel takes the lock back when its process ends, also by a kill, and processes that read
-    images do not inherit it. Where there are no such locks, as on Windows and on some network file
-    systems, nothing keeps others out.
+    images do not inherit it. On a disk that several machines share it is the file server that keeps
+    locks (NFSv4, Lustre with `-o flock`, GPFS), and takes back those of a machine that is gone.
+    Where there are no such locks, as on Windows and on some network file systems, nothing keeps
+    others out.
 
-    Raises: InputError if another process has it.
+    Gives: does this process have it? It is False only with `share`.
+    Raises: Held if another process has it; with `share` InputError where there are no locks.
     """
-    file = take_lock(path)
     try:
-        yield
+        file = take_lock(path)
+    except Held:
+        if not share:
+            raise
+        yield False
+        return
+    if share and not file:
+        raise InputError(
+            f"--share: {path} cannot be locked: choose an --output on a disk with locks, or give "
+            "every process --seeds or targets of its own"
+        )
+    try:
+        yield True
     finally:
         if file:
             path.unlink(missing_ok=True)  # before the lock is free, see `take_lock`
@@ -216,38 +258,43 @@ def take_lock(path: Path):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.close()
-            raise InputError(
+            raise Held(
                 f"another process is at this run ({path}): wait for it, or choose another --output"
             ) from None
         except OSError:  # a file system without locks
             file.close()
             path.unlink()
             return None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+        if os.fstat(file.fileno()).st_nlink:
+            return file
         file.close()  # of a run that ended just now, and removed it
     return None
 
 
 def resume(run: Run, final: Path) -> None:
     """Fill a run with what an interrupted one left in its folder, or a complete one in `final`."""
-    checkpoint, result = run.folder / "checkpoint.pt", final / "result.json"
-    if not checkpoint.exists() and not result.exists():
-        return
-    found = checkpoint if checkpoint.exists() else result
+    for found in (run.folder / "checkpoint.pt", final / "result.json"):
+        if found.exists():
+            take_up(run, final, found)
+            return
+
+
+def take_up(run: Run, final: Path, found: Path) -> None:
+    """Fill a run with a checkpoint, or with a result. Raises: InputError if it is none, or has
+    other settings."""
+    complete = found.name == "result.json"
     try:
-        if found == checkpoint:
-            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if complete:
+            record = json.loads(found.read_text())
+            saved = {"settings": record.pop("settings"), "record": record, "state": None}
+        else:
+            saved = torch.load(found, map_location="cpu", weights_only=True)
             if not parallel.number():
                 for left in run.folder.rglob(f"{PARTIAL}*"):  # by a kill
                     left.unlink()
-        else:
-            record = json.loads(result.read_text())
-            saved = {"settings": record.pop("settings"), "record": record, "state": None}
         record, before = saved["record"], saved["settings"]
     except Exception as error:  # whatever a file that is something else makes of its readers
-        why = why_not(error) if found == checkpoint else "no record of a run"
+        why = "no record of a run" if complete else why_not(error)
         hint = "remove it, or leave --resume out"
         raise InputError(f"--resume: cannot read {found}: {why}; {hint}") from None
     changed = []
@@ -260,7 +307,7 @@ def resume(run: Run, final: Path) -> None:
             f"--resume: {found} has other settings ({'; '.join(changed)}); give those, or leave "
             "--resume out to start anew"
         )
-    run.record, run.state, run.complete = record, saved["state"], found == result
+    run.record, run.state, run.complete = record, saved["state"], complete
     run.within_row = bool(run.state)
     if run.complete:
         run.folder = final

@@ -86,6 +86,8 @@ def prompt_template(text: str) -> str:
     return text
 
 
+SHARE = "resume, and leave runs that another process is at to it: start the same command as often "
+SHARE += "as there are GPUs, on any machines with one disk for --output, and they share its runs"
 COMMON_SETTINGS = [
     ("data-root", str, "data", "data", "folder that holds the benchmarks' folders"),
     ("cue", share, None, None, "tiny data: share of images on their class's background"),
@@ -100,6 +102,7 @@ COMMON_SETTINGS = [
     ("skip-broken", bool, None, None, "leave out images that cannot be read, and say how many"),
     ("save-every", at_least(0, float), 5.0, 0.0, "minutes between two checkpoints within a row"),
     ("resume", bool, False, False, "keep complete runs, continue interrupted ones"),
+    ("share", bool, False, False, SHARE),
     ("figures", bool, False, False, "write analysis.npz and more pictures into the runs' folders"),
 ]
 
@@ -220,6 +223,7 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
         if getattr(args, key) is None:
             usual = tiny if args.model == "tiny" else default
             setattr(args, key, preset.get(key, usual))
+    args.resume = args.resume or args.share
     if args.summary:
         check_summary(args.summary)
     settle_device(args)

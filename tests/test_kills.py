@@ -6,10 +6,12 @@ everything and computed nothing, so that a start costs nothing.
 
 import contextlib
 import importlib
+import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import torch
 from conftest import ROOT
 
 import common
-from assets import files
+from assets import files, runs
 from assets.pictures import plot_panels
 from assets.tiny_world import draw_digits_and_vehicles
 
@@ -248,6 +250,65 @@ def test_one_process_has_a_run_until_it_is_dead(start, tmp_path):
     code, lines = end_of(third)
     assert code == 143 and "1 finished row" in lines[-1], lines
     assert not list(tmp_path.rglob("*.lock"))
+
+
+SWEEP = "--modes zero-shot --target all --seeds 0 1 --share --summary all.json"
+
+
+def of_sweep(tmp_path, name: str) -> str:
+    """Arguments of each of the processes that share the runs in a folder."""
+    return f"{SWEEP} --output {tmp_path / name}"
+
+
+@pytest.mark.slow
+def test_processes_share_runs_and_none_is_done_twice(start, tmp_path):
+    """Eight runs, three processes: every run is done once, and who finds all of them complete has
+    the records that one process has."""
+    code, lines = end_of(start("headpurify", of_sweep(tmp_path, "alone"), tmp_path / "one"))
+    assert code == 0, lines
+    expected = json.loads((tmp_path / "one" / "all.json").read_text())["records"]
+    processes = []
+    for number in range(3):
+        processes.append(start("headpurify", of_sweep(tmp_path, "shared"), tmp_path / str(number)))
+    done, complete = 0, 0
+    for process in processes:
+        code, lines = end_of(process)
+        assert code == 0, lines
+        done += sum(line.startswith("zero-shot: ") for line in lines)
+        if not lines[-1].startswith("In the hands of other processes: tiny-pacs "):
+            complete += 1
+            summary = json.loads(process.printed.with_name("all.json").read_text())
+            assert summary["records"] == expected
+    assert done == 8 and complete
+    alone, shared = (tmp_path / name / "headpurify" for name in ("alone", "shared"))
+    assert sorted(os.listdir(shared)) == sorted(os.listdir(alone))
+
+
+def test_a_run_whose_process_died_is_taken_over(start, tmp_path):
+    arguments = of_sweep(tmp_path, "runs") + " --seeds 0"
+    first = start("headpurify", arguments + " --modes ha-lora+dig --epochs 500", tmp_path / "1")
+    wait_for_path("checkpoint.pt", tmp_path)
+    os.kill(first.pid, signal.SIGSTOP)
+    arguments += " --modes zero-shot"
+    code, lines = end_of(start("headpurify", arguments, tmp_path / "2"))
+    assert code == 0 and sum(line.startswith("zero-shot: ") for line in lines) == 3, lines
+    assert lines[-1].startswith("In the hands of other processes: tiny-pacs art_painting seed 0.")
+    assert not (tmp_path / "2" / "all.json").exists()
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    shutil.rmtree(*tmp_path.rglob("*.partial"))  # of other settings
+    code, lines = end_of(start("headpurify", arguments, tmp_path / "3"))
+    assert code == 0 and sum(line.startswith("zero-shot: ") for line in lines) == 1, lines
+    assert "tiny-pacs, 4 runs, %" in " ".join(lines)
+
+
+def test_runs_are_not_shared_where_there_are_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "fcntl", None)
+    with runs.locked(tmp_path / "lock") as mine:
+        assert mine
+    with pytest.raises(common.InputError, match="--share: .*lock cannot be locked"):
+        with runs.locked(tmp_path / "lock", share=True):
+            pass
 
 
 # ---------- A disk that is full ------------------------------------------------------------------
