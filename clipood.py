@@ -190,20 +190,20 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
     """Fine-tune a copy of CLIP's image tower with the one loss of `rows`; all averages run along.
 
     The model stays in eval mode, as in the authors' code: norms with statistics keep CLIP's. Every
-    epoch draws images by a seed of its own, so that an interrupted training continues exactly at an
-    epoch's end.
+    epoch draws images by a seed of its own.
 
     Args:
         rows: {name: row}, which differ in how the trajectory is averaged, see `trainings`.
         class_features: of the training classes, (C, D).
         saved: a state that was yielded, to go on from there.
-    Yields: at the start and after every epoch {name: model} and the state.
+    Yields: at the start, after every epoch, and where a signal asks to stop: {name: model} and the
+    state, with which it goes on exactly.
     Raises: InputError at a loss or gradient that is not finite, before it reaches any weights.
     """
     row = first(rows)
     torch.manual_seed(seed)
     parts = training_parts(clip, task, rows, class_features, row.epochs * row.steps_per_epoch)
-    state = saved or {"epoch": 0, "loss": None}
+    state = {"epoch": 0, "step": 0, "loss": None} | (saved or {})
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -218,29 +218,38 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
     for name in rows:
         models[name] = parts[name].model if name in parts else model
 
-    yield models, state | {name: part.state_dict() for name, part in parts.items()}
+    yield models, with_parts(state, parts)
     batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers, clip.device)
     watched = common.Steps(optimizer, batches, scaler)
     replica = common.replica(model)  # the model, or what averages its gradients over processes
     for epoch in range(state["epoch"], row.epochs):
         epoch_seed = seed * 1000 + epoch
-        batches.restart(epoch_seed, steps=row.steps_per_epoch)
+        taken, steps = state["step"], row.steps_per_epoch  # before an interruption, in all
+        batches.restart(epoch_seed, taken, steps - taken)
         title = f"{'/'.join(rows)} {epoch + 1}"
-        for step in tqdm(range(row.steps_per_epoch), title, leave=False, disable=None):
+        for step in tqdm(range(taken + 1, steps + 1), title, leave=False, disable=None):
             images, y, _ = next(batches)  # (S b, 3, h, w), (S b,)
             loss = loss_of(replica, images, y, row, clip, class_features)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            place = epoch * row.steps_per_epoch + step + 1
+            place = epoch * steps + step
             watched.take(loss, f"{'/'.join(rows)}, step {place} of seed {seed}")
             schedule.step()
             round_to_half(half)
             for average in averages:
                 average.update(model)
             round_to_half(half_averages)
+            if common.was_asked() and step < steps:  # to stop, by a signal
+                watched.check()
+                yield models, with_parts(state | {"step": step}, parts)
         watched.check()
-        state = {"epoch": epoch + 1, "loss": common.mean_of_processes(loss)}
-        yield models, state | {name: part.state_dict() for name, part in parts.items()}
+        state = {"epoch": epoch + 1, "step": 0, "loss": common.mean_of_processes(loss)}
+        yield models, with_parts(state, parts)
+
+
+def with_parts(state: dict, parts: dict) -> dict:
+    """What a training goes on from."""
+    return state | {name: part.state_dict() for name, part in parts.items()}
 
 
 def loss_of(model, images, labels, row, clip, class_features) -> torch.Tensor:
@@ -564,7 +573,7 @@ def compare(args, task: common.Task, run) -> None:
 
 
 def train_rows(clip, task, rows: dict, run) -> tuple[dict, dict]:
-    """The models of rows that share a training, and its state, which is saved after every epoch."""
+    """The models of rows that share a training, and its state, which is saved on the way."""
     row, key = first(rows), "/".join(rows)
     if row.loss == "zero-shot":
         return dict.fromkeys(rows, clip.visual), {}
@@ -575,7 +584,7 @@ def train_rows(clip, task, rows: dict, run) -> tuple[dict, dict]:
     for models, state in training:
         if row.eval_every and state["epoch"] % row.eval_every == 0:
             test_on_the_way(clip, models, rows, task, run, state)
-        run.save({key: state})
+        run.save({key: state}, trained=state["epoch"] == row.epochs)
     return models, {key: state}
 
 

@@ -102,6 +102,7 @@ from assets.settings import share as share
 from assets.settings import slug as slug
 from assets.steps import Steps as Steps
 from assets.stop import stop_if_asked
+from assets.stop import was_asked as was_asked
 from assets.tiny_words import FILE as MERGES
 from assets.tiny_words import TinyTokenizer, tokenizer_of
 from assets.tiny_world import (

@@ -238,13 +238,17 @@ def train(clip, class_features, task, row, seed: int, saved=None, save=None) -> 
         loss = loss_cls + row.alpha * loss_mmd
         watched.take(loss, f"{row.name}, step {step} of seed {seed}")
         schedule.step()
-        if step % (row.eval_every * steps_per_epoch) and step < steps:
+        state["step"] = step
+        due = step % (row.eval_every * steps_per_epoch) == 0 or step == steps
+        if not due and not common.was_asked():  # to stop, by a signal
             continue
         watched.check()
-        accuracies = validate(visual, class_features, task, row, row.watch_target)
-        remember(state, step, both, accuracies, learnt)
+        if due:
+            accuracies = validate(visual, class_features, task, row, row.watch_target)
+            remember(state, both, accuracies, learnt)
         if save:
-            save(state | {name: part.state_dict() for name, part in parts.items()})
+            whole = state | {name: part.state_dict() for name, part in parts.items()}
+            save(whole, trained=step == steps)
     learnt.load_state_dict(state["chosen"])
     found = {**what_was_learnt(visual, layers, weights + gates), "history": state["history"]}
     if layers:
@@ -268,11 +272,10 @@ def training_parts(row, weights: list, gates: list, steps: int, saved=None) -> t
     return parts, {name: value for name, value in saved.items() if name not in parts}
 
 
-def remember(state: dict, step: int, both_losses, accuracies: dict, learnt: nn.Module) -> None:
+def remember(state: dict, both_losses, accuracies: dict, learnt: nn.Module) -> None:
     """A point of the history; and what is learnt so far, if the hold-out was never better."""
     loss_cls, loss_mmd = map(common.mean_of_processes, both_losses)
-    found = {"step": step, "loss_cls": loss_cls, "loss_mmd": loss_mmd, **accuracies}
-    state["step"] = step
+    found = {"step": state["step"], "loss_cls": loss_cls, "loss_mmd": loss_mmd, **accuracies}
     state["history"].append(found)
     if accuracies["hold-out"] > state["best"]:  # the target is never asked
         state["best"] = accuracies["hold-out"]
@@ -571,8 +574,8 @@ def compare(args, task, run) -> None:
             start = time.perf_counter()
             saved = (run.state or {}).get(name)
 
-            def save(state, name=name):
-                run.save({name: state})
+            def save(state, trained, name=name):
+                run.save({name: state}, trained)
 
             visual, learnt = train(clip, class_features, task, row, seed, saved, save)
             seconds = time.perf_counter() - start

@@ -63,10 +63,13 @@ class Run:
         print(f"{row}: {', '.join(shown)} %", flush=True)
         self.write(state)
 
-    def save(self, state: dict) -> None:
-        """Keep the state of a row that trains, if the last time was long enough ago."""
-        if time.monotonic() - self.saved_at >= self.save_every:
+    def save(self, state: dict, trained: bool = False) -> None:
+        """Keep the state of a row that trains: if the last time was long enough ago, if only its
+        tests are left to do, or because a signal came. Raises: Stopped if one did."""
+        due = time.monotonic() - self.saved_at >= self.save_every
+        if due or trained or stop.was_asked():
             self.write(state)
+        stop.stop_if_asked()
 
     def write(self, state: dict | None) -> None:
         """Replace the checkpoint in one go: a kill while it is written leaves the one before."""

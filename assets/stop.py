@@ -2,7 +2,8 @@
 
 Python may meet a signal between any two lines, also while a folder is put in its place. So within a
 run a signal is only noted, and `stop_if_asked` stops where a step of training or a batch of an
-evaluation has ended. A second signal stops at once, as a kill does.
+evaluation has ended. A training that can go on from any step asks `was_asked` after each, and keeps
+its state before it stops. A second signal stops at once, as a kill does.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import time
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from assets import parallel
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ONE = 0.2  # seconds in which two signals are one: `timeout` sends its own twice
+# seconds in which two signals are one: `timeout` sends its own twice. So does torchrun, as soon as
+# one process has stopped, and kills what is left after 30 seconds
+ONE = 0.2
 
 RUNS_ARE_KEPT = "kept: runs that are complete; --resume goes on after them"
 
@@ -30,6 +35,7 @@ class Heard:
     def __init__(self):
         self.number = None  # of the first signal
         self.time = 0.0
+        self.steps = 0  # of optimizers since then
         self.in_run = False
 
 
@@ -38,10 +44,10 @@ heard = Heard()  # one for the process, as its signals are
 
 @contextlib.contextmanager
 def listening():
-    """Listen to signals, and stop after a step of any optimizer if one came."""
+    """Listen to signals. If one came, the second step of any optimizer is the last."""
     heard.__init__()
     before = {number: signal.signal(number, note) for number in SIGNALS}
-    hook = register_optimizer_step_post_hook(lambda *_: stop_if_asked())
+    hook = register_optimizer_step_post_hook(after_step)
     try:
         yield
     finally:
@@ -58,7 +64,7 @@ def note(number: int, _) -> None:
             signal.signal(signal.SIGCHLD, lambda *_: None)
         if not heard.in_run:
             stop_if_asked()
-    elif time.monotonic() - heard.time > ONE:
+    elif time.monotonic() - heard.time > ONE and not parallel.launched():
         os._exit(128 + number)
 
 
@@ -71,6 +77,13 @@ def in_steps():
     finally:
         heard.in_run = False
     stop_if_asked()
+
+
+def after_step(*_) -> None:
+    """Stop, but not before who took the step could keep its state: that stops by itself."""
+    heard.steps += was_asked()
+    if heard.steps > 1:
+        stop_if_asked()
 
 
 def was_asked() -> bool:

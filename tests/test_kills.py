@@ -50,7 +50,7 @@ def forkserver():
         yield
 
 
-def run_script(script: str, arguments: str, folder, file_size) -> None:
+def run_script(script: str, arguments: str, folder, file_size, stop_at) -> None:
     """In the new process, a group of its own: a command as a user gives it in a folder."""
     os.setsid()
     os.chdir(folder)
@@ -64,8 +64,21 @@ def run_script(script: str, arguments: str, folder, file_size) -> None:
     for name, (classes, *_) in list(common.TINY_BENCHMARKS.items()):
         common.TINY_BENCHMARKS[name] = classes, 8, 8
     common.draw_digits_and_vehicles = few_digits
+    if stop_at:
+        common.Steps.take = signalled(common.Steps.take, stop_at)
     sys.argv = [script, *arguments.split()]
     common.command(importlib.import_module(script).main)
+
+
+def signalled(take, stop_at: str):
+    """`Steps.take`, while which SIGTERM comes at some step."""
+
+    def signalled_take(steps, loss, where):
+        if where.startswith(f"{stop_at} "):
+            os.kill(os.getpid(), signal.SIGTERM)
+        take(steps, loss, where)
+
+    return signalled_take
 
 
 def few_digits(seed: int):
@@ -77,11 +90,11 @@ def start(tmp_path):
     """Starts a script in a process; what is left of them is killed in the end."""
     processes = []
 
-    def start(script, arguments, folder=None, file_size=None):
+    def start(script, arguments, folder=None, file_size=None, stop_at=None):
         folder = folder or tmp_path / "own"
         folder.mkdir(exist_ok=True)
         (folder / "printed.txt").write_text("")
-        arguments = script, f"{SCRIPTS[script]} {arguments}", folder, file_size
+        arguments = script, f"{SCRIPTS[script]} {arguments}", folder, file_size, stop_at
         process = servers.Process(target=run_script, args=arguments)
         process.start()
         process.printed = folder / "printed.txt"
@@ -175,6 +188,29 @@ def test_a_signal_keeps_what_is_finished_and_the_rest_follows(script, name, star
     assert bool(left) == (script != "ldfs")
     assert all(".partial/" in name and name.endswith(".pt") for name in left), list(left)
     code, lines = end_of(start(script, "--resume"))
+    assert code == 0, lines
+    assert_same(contents(tmp_path / "own"), expected)
+
+
+@pytest.mark.parametrize(
+    "script, training, step, expected_state",
+    [
+        ("headpurify", "lora", 2, {"step": 2}),  # of 3 in its epoch
+        ("clipood", "mms/mms+bma", 3, {"epoch": 1, "step": 1}),  # of 2
+    ],
+)
+def test_a_signal_within_an_epoch_loses_no_step(
+    script, training, step, expected_state, start, whole, tmp_path
+):
+    """Though it was not yet time for a checkpoint."""
+    expected, _ = whole(script)
+    stopped = start(script, "--save-every 1000", stop_at=f"{training}, step {step}")
+    code, lines = end_of(stopped)
+    assert code == 143 and "and the last checkpoint" in lines[-1], lines
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+    state = torch.load(checkpoint, weights_only=True)["state"][training]
+    assert {name: state[name] for name in expected_state} == expected_state
+    code, lines = end_of(start(script, "--save-every 1000 --resume"))
     assert code == 0, lines
     assert_same(contents(tmp_path / "own"), expected)
 
