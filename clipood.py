@@ -442,6 +442,7 @@ PROTOCOL = (
 PROTOCOL += "in domain-shift only 20 % of the target tested"
 OF_ALL_ROWS = [
     common.TARGET,
+    common.PROFILE,
     ("task", TASKS, None, None, "unseen domains, classes, or both (domain-shift if it can)"),
     ("protocol", ("whole", "official"), "whole", "whole", PROTOCOL),
     ("shots", common.at_least(1), 16, 16, "training images per class of few-shot sets (published)"),

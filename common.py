@@ -68,6 +68,7 @@ from assets.parallel import replica as replica
 from assets.pictures import plot_heat as plot_heat
 from assets.pictures import plot_images as plot_images
 from assets.pictures import plot_panels as plot_panels
+from assets.profile import profile as profile
 from assets.prompts import CoCoOp as CoCoOp
 from assets.prompts import CoOp as CoOp
 from assets.prompts import PromptClassifier as PromptClassifier
@@ -88,6 +89,7 @@ from assets.report import value_table as value_table
 from assets.runs import Run as Run
 from assets.runs import open_run as open_run
 from assets.settings import ONE_PLACE as ONE_PLACE
+from assets.settings import PROFILE as PROFILE
 from assets.settings import TARGET as TARGET
 from assets.settings import TEMPLATES as TEMPLATES
 from assets.settings import Method as Method

@@ -535,6 +535,7 @@ SETTINGS = [
 OF_ALL_ROWS = [
     common.TARGET,
     common.TEMPLATES,
+    common.PROFILE,
     ("class-features", str, None, None, "(C, D) of any other prompt method, .npy; --prompt file"),
     ("drop", [str], None, None, "LAYER.HEAD ... for --study drop-heads; 1.1 is the first"),
 ]

@@ -295,7 +295,7 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     history = []
     for epoch in tqdm(range(1, row.epochs + 1), desc=f"lambda {weight:g}", disable=None):
         model.train()
-        for place, (images, labels) in enumerate(loader, start=1):
+        for place, (images, labels) in enumerate(common.profile.batches(loader), start=1):
             images = images.to(row.device, non_blocking=True)
             labels = labels.to(row.device, non_blocking=True)
             with common.autocast(row.device, row.precision):
@@ -541,6 +541,7 @@ OF_ALL_ROWS = [
     *NETWORK,
     ("protocol", ("one-model", "published"), "one-model", "one-model", PUBLISHED),
     ("download", bool, False, False, "mnist-cifar: fetch MNIST and CIFAR-10 if missing"),
+    common.PROFILE,
 ]
 NEEDS = {"div-lr": "div", "select-by": "sel"}  # rows that they have an effect on
 METHOD = common.Method("vit_diverse", SETTINGS, ROWS, STUDIES, NEEDS)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from assets import parallel
+from assets.profile import profile
 from assets.tiny_world import InputError
 
 
@@ -124,7 +125,7 @@ class SourceBatches:
 
     def __next__(self) -> tuple:
         if self.batches is None:
-            self.batches = iter(self.loader)
+            self.batches = profile.batches(self.loader)
         images, labels = next(self.batches)
         self.step += 1
         return images, labels, self.domain

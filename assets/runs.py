@@ -31,7 +31,7 @@ except ImportError:  # Windows
 
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
     "data_root device workers output resume seeds target source summary figures download study "
-    "method more rows clip save_every share"
+    "method more rows clip save_every share profile"
 ).split()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from assets import parallel
+from assets.profile import EVERY, profile
 from assets.tiny_world import InputError
 
 
@@ -107,6 +108,8 @@ COMMON_SETTINGS = [
 ]
 
 
+EVERY_50 = f"print every {EVERY} steps: images/s, share of time waiting for data, GPU memory"
+PROFILE = ("profile", bool, False, False, EVERY_50)
 TARGET = ("target", str, "sketch", "sketch", "held-out domain: name, its start, number, or all")
 PROMPT = ["a photo of a {}."]
 TEMPLATES = ("templates", [prompt_template], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
@@ -224,6 +227,7 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
             usual = tiny if args.model == "tiny" else default
             setattr(args, key, preset.get(key, usual))
     args.resume = args.resume or args.share
+    profile.on = getattr(args, "profile", False)
     if args.summary:
         check_summary(args.summary)
     settle_device(args)

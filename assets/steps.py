@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from assets.profile import profile
 from assets.tiny_world import InputError
 
 EVERY = 50  # steps between two looks at a GPU's numbers: each look waits for all it was told to do
@@ -49,7 +50,8 @@ class Steps:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         if due:
-            self.check()
+            self.check_weights()
+        profile.step(self.weights[0].device)
 
     def look(self) -> None:
         """Raises: InputError that names the first step whose loss or gradient is not finite."""
@@ -65,6 +67,10 @@ class Steps:
     def check(self) -> None:
         """Raises: as `look`; InputError if numbers of the weights are not finite."""
         self.look()
+        self.check_weights()
+        profile.say(self.weights[0].device)
+
+    def check_weights(self) -> None:
         size = total_norm([weight.detach() for weight in self.weights]).item()
         if not math.isfinite(size):
             raise self.broken(*self.last, f"the norm of the weights is {size}")

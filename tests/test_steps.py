@@ -1,6 +1,7 @@
 """Steps of an optimizer: numbers that break are named, and a GPU is not waited for."""
 
 import functools
+import time
 
 import pytest
 import torch
@@ -42,6 +43,51 @@ def test_the_first_broken_step_is_named_though_numbers_are_seen_later(broken_ste
     assert message.endswith(f"this batch: image {broken_step}")
 
 
+# ---------- --profile -----------------------------------------------------------------------------
+@pytest.mark.parametrize("reading, stepping", [(0.99, 0.01), (0.01, 0.99), (0.25, 0.25)])
+def test_profile_tells_reading_from_training(monkeypatch, capsys, reading, stepping):
+    """By a clock that only readers, steps and an evaluation move: 53 batches of 8 images."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def loader():
+        for _ in range(53):
+            now[0] += reading
+            yield torch.zeros(8, 3, 4, 4), torch.zeros(8)
+
+    weight = nn.Parameter(torch.ones(2))
+    watched = common.Steps(torch.optim.SGD([weight], 0.1))
+    monkeypatch.setattr(common.profile, "on", True)
+    for _ in common.profile.batches(loader()):
+        weight.grad = torch.ones(2)
+        now[0] += stepping
+        watched.take(torch.tensor(0.5), "a step")
+        now[0] += 100  # an evaluation
+    watched.check()
+    share = 100 * reading / (reading + stepping)
+    speed = 8 / (reading + stepping)
+    text = f"{speed:.0f} images/s, {share:.0f} % of the time waiting for data"
+    assert capsys.readouterr().out.splitlines() == [f"50 steps: {text}", f"3 steps: {text}"]
+
+
+@pytest.mark.parametrize(
+    "line, count",
+    [
+        ("headpurify --modes zero-shot lora --epochs 1 --batch-size 14", 4),
+        ("clipood --modes mms --epochs 2 --steps-per-epoch 2 --batch-size 14", 2),
+        ("vit_diverse --modes erm --epochs 2 --batch-size 100", 4),
+    ],
+)
+def test_profile_of_a_training(few_images, call_main, line, count):
+    """A line for each epoch; none without the flag."""
+    script, *arguments = line.split()
+    main = {"headpurify": headpurify, "clipood": clipood, "vit_diverse": vit_diverse}[script].main
+    lines = call_main(main, [*arguments, "--profile"]).splitlines()
+    spoken = [line for line in lines if "waiting for data" in line]
+    assert spoken and all(line.startswith(f"{count} steps: ") for line in spoken), lines
+    assert "waiting" not in call_main(main, arguments)
+
+
 # ---------- No step of any method waits ----------------------------------------------------------
 def plain_sgd(groups, *_, **__):
     """In place of Adam, which asks a CPU for the number of its step; on a GPU it does not."""
@@ -50,7 +96,7 @@ def plain_sgd(groups, *_, **__):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Few images, and numbers are looked at every so many steps."""
+    """Numbers are looked at every so many steps."""
     own = steps.Steps.__init__
 
     def init(self, *args, **kwargs):
@@ -60,6 +106,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(steps.Steps, "__init__", init)
     for name in ("Adam", "AdamW"):
         monkeypatch.setattr(torch.optim, name, plain_sgd)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
     classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
     monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (classes, 10, 2))
     draw = functools.partial(common.draw_digits_and_vehicles, sizes=(400, 20, 20))
@@ -76,7 +126,7 @@ TRAININGS = [
 
 
 @pytest.mark.parametrize("script, line, size", TRAININGS)
-def test_no_step_waits_for_a_gpu(as_on_a_gpu, call_main, script, line, size):
+def test_no_step_waits_for_a_gpu(as_on_a_gpu, few_images, call_main, script, line, size):
     """An epoch of twice as many steps has as many operations that wait."""
     found = []
     for batch_size in (size, size // 2):
