@@ -17,7 +17,8 @@ Four words: a **Task** is what one run may see, a **row** is one line of a table
 target and seed, and a **record** is what a run leaves: {"target", "seed", "rows": {row: {measure:
 number}}, "extra"}. A measure is a name and a number in [0, 1]; `target/photo`: a part of `target`.
 
-`python common.py data` lists all data sets: which are there, and where.
+`python common.py data` lists all data sets: which are there, and where. `python common.py table`
+makes one table a data set of all runs.
 
 A method file imports this file and libraries, never another method file; `assets/` never imports
 this file.
@@ -30,6 +31,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,6 +88,7 @@ from assets.report import seed_means as seed_means
 from assets.report import table as table
 from assets.report import target_table as target_table
 from assets.report import value_table as value_table
+from assets.run_tables import main as table_runs
 from assets.runs import Run as Run
 from assets.runs import open_run as open_run
 from assets.settings import ONE_PLACE as ONE_PLACE
@@ -805,5 +808,12 @@ def published() -> list[dict]:
     return json.loads((ASSETS / "published.json").read_text())
 
 
+def main():
+    if sys.argv[1:2] == ["table"]:
+        table_runs(published())
+    else:
+        list_data_sets()
+
+
 if __name__ == "__main__":
-    command(list_data_sets)
+    command(main)

@@ -2,6 +2,8 @@
 
 python common.py data                          # all of them: found or missing, and where
 python common.py data --check pacs officehome  # also counts and opens every image
+
+`python common.py table` is about runs: see its --help.
 """
 
 from __future__ import annotations
