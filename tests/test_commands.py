@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import open_clip
 import pytest
@@ -12,8 +13,8 @@ from PIL import Image
 
 import clipood
 import common
-from assets.command import command_lines
-from assets.report import average_records
+from assets.command import command_lines, several, until_settled
+from assets.report import Elsewhere, average_records
 
 
 @pytest.mark.slow
@@ -175,6 +176,25 @@ def made_up(rows):
             own[row] = {measure: values[place] for measure, values in numbers.items()}
         records.append({"target": target, "seed": seed, "rows": own})
     return records
+
+
+def test_shared_runs_are_looked_at_again_as_long_as_fewer_are_left():
+    """One data set after another: the first has two runs in other hands, then one, then one."""
+    left = iter([["a", "b"], ["b"], ["b"], []])
+    seen = []
+
+    def main():
+        dataset = sys.argv[-1]
+        seen.append(dataset)
+        if dataset == "first":
+            raise Elsewhere(next(left))
+        return [], "target"
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Elsewhere, match="processes: b."):
+        patch.setattr(sys, "argv", ["script", "--dataset", "first", "second"])
+        lines = command_lines(sys.argv[1:])
+        until_settled(lambda: several(main, lines))
+    assert seen == ["first", "second"] * 3
 
 
 def test_average_over_data_sets_by_hand():
