@@ -74,6 +74,7 @@ from assets.profile import profile as profile
 from assets.prompts import CoCoOp as CoCoOp
 from assets.prompts import CoOp as CoOp
 from assets.prompts import PromptClassifier as PromptClassifier
+from assets.prompts import encode_all
 from assets.prompts import encode_prompts as encode_prompts
 from assets.prompts import first_word as first_word
 from assets.report import closing_line as closing_line
@@ -548,11 +549,10 @@ class Clip:
         """The image tower."""
         return self.model.visual if self.tower is None else self.tower
 
-    @torch.no_grad()
-    def encode_text(self, texts: list[str]) -> torch.Tensor:
-        """Unit-norm text features (n, D), float32."""
+    def encode_text(self, texts: list[str], together: int = 256) -> torch.Tensor:
+        """Unit-norm text features (n, D), float32; see `encode_all`."""
         tokens = self.tokenizer(texts).to(self.device)  # (n, L)
-        return self.model.encode_text(tokens, normalize=True)
+        return encode_all(self.model, tokens, together)
 
     def encode(self, images: ImageSet, workers: int = 0, batch_size: int = 256) -> torch.Tensor:
         """Unit-norm image features (N, D), float32, on the CPU."""
@@ -573,11 +573,12 @@ class Clip:
                 raise InputError(f"a template needs {ONE_PLACE}, got {template!r}")
         key = tuple(names), tuple(templates)
         if key not in self.known:
-            features = []
+            texts = []
             for name in names:
-                texts = [template.format(name.replace("_", " ")) for template in templates]
-                features.append(self.encode_text(texts).mean(0))
-            self.known[key] = F.normalize(torch.stack(features), dim=-1)
+                texts += [template.format(name.replace("_", " ")) for template in templates]
+            features = self.encode_text(texts, len(templates))
+            features = features.unflatten(0, (-1, len(templates)))  # (C, templates, D)
+            self.known[key] = F.normalize(features.mean(1), dim=-1)
         return self.known[key]
 
     def ensemble(self) -> list[str]:

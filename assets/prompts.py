@@ -1,4 +1,5 @@
-"""Learned prompts, CoOp and CoCoOp: what the papers compare with, or go together with.
+"""Prompts: any number of texts, and learned ones, CoOp and CoCoOp: what the papers compare with, or
+go together with.
 
 `clip` is a `Clip` of common.py.
 """
@@ -7,15 +8,73 @@ from __future__ import annotations
 
 import copy
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+SHORT = 32  # a tower of so few places reads all of them, as the tiny CLIPs did for results/
 
+
+# ---------- Texts --------------------------------------------------------------------------------
 def text_tower(model: nn.Module) -> nn.Module:
     return getattr(model, "text", model)
 
 
+def stops_at_the_end(model: nn.Module) -> bool:
+    """Whether nothing behind a text's end token can change its feature: attention looks back only,
+    and the feature is read at that token. So it is in CLIP, but not in SigLIP or CoCa."""
+    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP):
+        return False
+    tower = text_tower(model)
+    pool = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None
+    appended = getattr(tower, "cls_emb", None) is not None  # a token behind all others
+    return causal and pool == "argmax" and not appended
+
+
+def places_read(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """How many of its places each text needs: tokens (n, L) -> (n,)."""
+    n, L = tokens.shape
+    if L <= SHORT or not stops_at_the_end(model):
+        return torch.full((n,), L)
+    return tokens.argmax(1).cpu() + 1  # the end token has the highest number
+
+
+def without_padding(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens (n, L) up to the end of the longest text, (n, l): CLIP's 77 places hold some 12 words,
+    and the features stay the same."""
+    return tokens[:, : places_read(model, tokens).max()]
+
+
+def encode_tokens(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Text features, unit-norm (n, D), of tokens (n, L), or (n, l) `without_padding`."""
+    places = tokens.shape[1]
+    tower = text_tower(model)
+    if not stops_at_the_end(model) or places == len(tower.positional_embedding):
+        return model.encode_text(tokens, normalize=True)
+    prefix = "" if tower is model else "text."
+    first = {
+        f"{prefix}positional_embedding": tower.positional_embedding[:places],
+        f"{prefix}attn_mask": tower.attn_mask[:places, :places],
+    }
+    _, features, *_ = torch.func.functional_call(model, first, (None, tokens))  # without an image
+    return features
+
+
+@torch.no_grad()
+def encode_all(model: nn.Module, tokens: torch.Tensor, together: int = 256) -> torch.Tensor:
+    """`encode_tokens` of any number of texts, in batches of 256 that are about as long. A `SHORT`
+    tower gets as many as go together: the last bits of a text depend on its batch."""
+    order = places_read(model, tokens).argsort(stable=True)
+    features = []
+    for some in order.split(together if tokens.shape[1] <= SHORT else 256):
+        batch = without_padding(model, tokens[some])
+        features.append(encode_tokens(model, batch))
+    return torch.cat(features)[order.argsort()]
+
+
+# ---------- Texts with learned words -------------------------------------------------------------
 def first_word(tokenizer) -> int:
     """Where the first word of a tokenised text stands: after a start token, if there is one."""
     return int(tokenizer("")[0, 0] == tokenizer("a")[0, 0])
@@ -25,7 +84,7 @@ def encode_prompts(model, tokens: torch.Tensor, start: int, vectors: torch.Tenso
     """Text features, unit-norm (n, D), of prompts in which learned vectors stand in for words.
 
     Args:
-        tokens: (n, L).
+        tokens: (n, L), or (n, l) `without_padding`.
         vectors: (m, W), or (n, m, W) if every prompt has its own: the word embeddings at places
             start ... start + m - 1. Gradients flow to them.
     """
@@ -37,7 +96,7 @@ def encode_prompts(model, tokens: torch.Tensor, start: int, vectors: torch.Tenso
 
     handle = text_tower(model).token_embedding.register_forward_hook(replace_words)
     try:
-        return model.encode_text(tokens, normalize=True)
+        return encode_tokens(model, tokens)
     finally:
         handle.remove()
 
@@ -56,11 +115,11 @@ def first_context(clip, context: str | int) -> nn.Parameter:
 
 
 def prompt_tokens(clip, class_names, m: int) -> torch.Tensor:
-    """Tokens (C, L) of m words, for which vectors stand in, and a class name."""
+    """Tokens (C, l) of m words, for which vectors stand in, and a class name."""
     texts = []
     for name in class_names:
         texts.append("a " * m + name.replace("_", " ") + ".")
-    return clip.tokenizer(texts).to(clip.device)
+    return without_padding(clip.model, clip.tokenizer(texts)).to(clip.device)
 
 
 class CoOp(nn.Module):
@@ -76,7 +135,7 @@ class CoOp(nn.Module):
         self.clip = clip  # no module, so that CLIP's weights are none of ours
         self.context = first_context(clip, context)  # (m, W)
         self.start = first_word(clip.tokenizer)
-        self.tokens = prompt_tokens(clip, class_names, len(self.context))  # (C, L)
+        self.tokens = prompt_tokens(clip, class_names, len(self.context))  # (C, l)
 
     def of_classes(self, class_names) -> CoOp:
         """The same learned context in front of other names."""
@@ -125,7 +184,7 @@ class CoCoOp(nn.Module):
         self.clip = clip
         self.context = first_context(clip, context)  # (m, W)
         self.start = first_word(clip.tokenizer)
-        self.tokens = prompt_tokens(clip, class_names, len(self.context))  # (C, L)
+        self.tokens = prompt_tokens(clip, class_names, len(self.context))  # (C, l)
         D = clip.encode_text(["a"]).shape[1]
         W = self.context.shape[1]
         layers = nn.Linear(D, D // 16), nn.ReLU(), nn.Linear(D // 16, W)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.prompts import encode_prompts, first_word
+from assets.prompts import encode_all, encode_prompts, first_word, without_padding
 from assets.tiny_words import TinyTokenizer, tokenizer_of
 from assets.tiny_world import InputError, WordTokenizer
 from assets.weights import hub_or_cache, why_not
@@ -49,12 +49,10 @@ def learn_styles(model, tokenizer, names, device, steps: int) -> list[torch.Tens
     noun, count = ("picture", 16) if tiny else ("style", 80)
     texts = [f"a a {noun} of a."]
     texts += [f"a a {noun} of a {name}." for name in names]  # the second "a" is S*
-    tokens = tokenizer(texts).to(device)  # (1 + C, L)
+    tokens = without_padding(model, tokenizer(texts)).to(device)  # (1 + C, l)
     place = 1 + first_word(tokenizer)  # of the second "a"
-    with torch.no_grad():
-        # one by one, as `Clip.class_features` in common.py: a batch would change the last bits
-        content = [model.encode_text(tokenizer(f"{name}.").to(device), True) for name in names]
-        content = F.normalize(torch.cat(content), dim=-1)  # (C, D)
+    content = encode_all(model, tokenizer([f"{name}." for name in names]).to(device), together=1)
+    content = F.normalize(content, dim=-1)  # (C, D)
     embedding = getattr(model, "text", model).token_embedding.weight
     styles, styled = content[:0], []
     for number in range(count):

@@ -28,8 +28,7 @@ OPENING = (
 
 @functools.cache  # the rows of a table share captions
 def encode_texts(encode, texts: tuple[str, ...]) -> torch.Tensor:
-    features = [encode(texts[start : start + 256]) for start in range(0, len(texts), 256)]
-    return torch.cat(features)
+    return encode(texts)
 
 
 def text_features(clip, description: str, captions: list[str]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 import common
+from assets import prompts
 
 
 # ---------- MMD ----------------------------------------------------------------------------------
@@ -225,6 +226,63 @@ def test_model_that_cannot_be_had_is_one_clear_error(name, pretrained, message):
         common.load_clip(name, pretrained)
 
 
+# ---------- Many texts ---------------------------------------------------------------------------
+TEXT = {**SMALL_TEXT, "width": 32, "layers": 2}
+THINGS = ("dog", "black and white colobus monkey", "a", "fire truck")
+TEXTS = [template(thing) for thing in THINGS for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
+def encode_and_watch(model, texts):
+    """Features of texts by two functions, ours and open_clip's at full length, and how many places
+    the text tower read in each batch of ours."""
+    read, tokens = [], open_clip.tokenize(texts)
+    embedding = prompts.text_tower(model).token_embedding
+    handle = embedding.register_forward_hook(lambda *args: read.append(args[2].shape[1]))
+    features = prompts.encode_all(model, tokens)
+    handle.remove()
+    with torch.no_grad():
+        return features, model.encode_text(tokens, normalize=True), read
+
+
+@pytest.mark.parametrize("kind", [open_clip.CLIP, open_clip.CustomTextCLIP])
+def test_texts_are_read_up_to_their_end(kind):
+    torch.manual_seed(0)
+    model = kind(32, SMALL_VISION, TEXT).eval()
+    features, whole, read = encode_and_watch(model, TEXTS)
+    lengths = [2 + len(open_clip.tokenizer._tokenizer.encode(text)) for text in TEXTS]
+    assert read == [sorted(lengths)[255], max(lengths)]
+    assert torch.allclose(features, whole, atol=1e-6)
+
+
+OTHER_TOWERS = [{"no_causal_mask": True}, {"pool_type": "last"}, {"embed_cls": True}]
+
+
+@pytest.mark.parametrize("other", OTHER_TOWERS)
+def test_texts_are_read_whole_where_what_follows_counts(other):
+    torch.manual_seed(0)
+    model = open_clip.CustomTextCLIP(32, SMALL_VISION, {**TEXT, **other}).eval()
+    features, whole, read = encode_and_watch(model, TEXTS[:20])
+    assert read == [77]
+    assert torch.allclose(features, whole, atol=1e-6)
+
+
+def test_class_features_of_the_tiny_clip_are_those_of_each_class_alone(tiny):
+    """To the last bit: numbers in results/ hang on it."""
+    names, templates = ("dog", "house", "guitar"), ["a photo of a {}.", "a {}", "the {}"]
+    for some in (templates, templates[:1]):
+        features = tiny.class_features(names, some)
+        for name, found in zip(names, features):
+            tokens = tiny.tokenizer([template.format(name) for template in some])
+            mean = tiny.model.encode_text(tokens, normalize=True).mean(0)
+            assert torch.equal(found, nn.functional.normalize(mean, dim=0))
+
+
+def test_class_features_are_encoded_once(tiny, monkeypatch):
+    first = tiny.class_features(["cup", "car"])
+    monkeypatch.setattr(tiny.model, "encode_text", None)
+    assert tiny.class_features(("cup", "car")) is first
+
+
 # ---------- Learned prompts ----------------------------------------------------------------------
 @pytest.fixture(params=["tiny", "BPE, start token"])
 def clip(request, tiny):
@@ -262,21 +320,21 @@ def test_logits_of_cocoop_are_those_of_a_prompt_for_each_image(clip):
     """Image by image and class by class, with the context moved by h written out."""
     torch.manual_seed(0)
     names = ("dog", "guitar")
-    prompts = common.CoCoOp(clip, names, context=3)
+    cocoop = common.CoCoOp(clip, names, context=3)
     x = nn.functional.normalize(torch.randn(4, clip.encode_text(["a"]).shape[1]), dim=-1)
-    found = prompts.logits(x)
-    first, _, second = prompts.h
+    found = cocoop.logits(x)
+    first, _, second = cocoop.h
     for i, image in enumerate(x):
         hidden = (first.weight @ image + first.bias).clamp(min=0)
         pi = second.weight @ hidden + second.bias
         for c, name in enumerate(names):
             alone = common.CoOp(clip, [name], context=3)
-            alone.context.copy_(prompts.context + pi)
+            alone.context.copy_(cocoop.context + pi)
             logit = clip.logit_scale * alone()[0] @ image
             assert found[i, c].item() == pytest.approx(logit.item(), abs=1e-4)
-    other = prompts.of_classes(["house", "dog"])
+    other = cocoop.of_classes(["house", "dog"])
     assert torch.allclose(other.logits(x)[:, 1], found[:, 0], atol=1e-4)
-    assert torch.equal(prompts.logits(x), found)  # of its own classes as before
+    assert torch.equal(cocoop.logits(x), found)  # of its own classes as before
 
 
 @torch.no_grad()
