@@ -7,6 +7,9 @@ is CLIP's 1 / tau. CoOp, which learns words instead, stands in prompts.py.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+MOST = 2**26  # affinities of features and keys at a time: 256 MiB
 
 
 class Probe(nn.Module):
@@ -41,7 +44,11 @@ class Adapter(nn.Module):
 
 class TipAdapter(nn.Module):
     """s f T^T + exp(-5.5 (1 - f K^T)) Y, keys K that start as all features, their labels Y, weighed
-    as 16 per class (Tip-Adapter-F, Zhang et al. 2022)."""
+    as 16 per class (Tip-Adapter-F, Zhang et al. 2022).
+
+    Features that with all keys have more than `MOST` affinities go in parts, whose affinities are
+    computed again for the gradient: the same logits, whatever the number of keys.
+    """
 
     def __init__(self, T, scale: float, features, labels):
         super().__init__()
@@ -51,5 +58,12 @@ class TipAdapter(nn.Module):
         self.T, self.scale = T, scale
 
     def forward(self, f):
+        parts = f.split(max(1, MOST // len(self.K)))
+        if len(parts) == 1:
+            return self.logits(f)
+        logits = [checkpoint(self.logits, part, use_reentrant=False) for part in parts]
+        return torch.cat(logits)
+
+    def logits(self, f):
         affinity = torch.exp(-5.5 * (1 - f @ self.K.T))
         return self.scale * f @ self.T.T + affinity @ self.Y

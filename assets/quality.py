@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 def nearest(features, among) -> torch.Tensor:
     """For each feature (n, D) the place (n,) of the most similar one among (N, D)."""
-    places = [(some @ among.T).argmax(1) for some in features.split(1024)]
+    size = min(1024, max(1, 2**26 // len(among)))  # at most 256 MiB of cosines at a time
+    places = [(some @ among.T).argmax(1) for some in features.split(size)]
     return torch.cat(places)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import common
 import ldfs
-from assets import tiny_world, words
+from assets import adapters, tiny_world, words
 from assets.quality import synthesis_quality
 from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_loss, perturb_text
 
@@ -322,6 +322,25 @@ def test_tip_adapter_is_that_of_the_paper():
             affinity = torch.exp(-5.5 * (1 - keys[of == c] @ features[i])).sum().item()
             expected = 5 * float(features[i] @ names[c]) + 2 * affinity
             assert logits[i, c].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_tip_adapter_of_many_keys_goes_in_parts(monkeypatch):
+    """The formula over all features at once has the same logits, and the same gradient."""
+    features, labels, *_ = batch_of(12)
+    names, weights = unit(3, 12, seed=7).float(), unit(12, 3, seed=8).float()
+    model = classifier("tip-adapter", names, features, labels)
+    shapes, exp = [], torch.exp
+    monkeypatch.setattr(adapters, "MOST", 5 * 12)  # affinities: 5 features with 12 keys
+    with monkeypatch.context() as watched:
+        watched.setattr(torch, "exp", lambda x: shapes.append(tuple(x.shape)) or exp(x))
+        logits = model(features)
+        (gradient,) = torch.autograd.grad((weights * logits).sum(), model.K)
+    assert {*shapes} == {(5, 12), (2, 12)}
+    K = features.clone().requires_grad_()
+    whole = 5 * features @ names.T + exp(-5.5 * (1 - features @ K.T)) @ model.Y
+    (expected,) = torch.autograd.grad((weights * whole).sum(), K)
+    assert torch.allclose(logits, whole, atol=1e-5)
+    assert torch.allclose(gradient, expected, atol=1e-5)
 
 
 def test_what_learns_does_not_change_what_it_learns_from():
