@@ -85,23 +85,27 @@ class HeadPurifiedAttention(nn.Module):
         weight = self.mha.in_proj_weight
         if not self.rank:
             return weight
-        D = weight.shape[1]
+        W_q, W_k, W_v = weight.chunk(3)  # each (D, D)
         # (H, d, r) @ (H or 1, r, D) is (H, d, D): row i d + j is column j of head i's update
-        q = (self.up_q.mT @ self.down_q.mT).reshape(D, D)
-        v = (self.up_v.mT @ self.down_v.mT).reshape(D, D)
-        return weight + self.scale * torch.cat([q, torch.zeros_like(q), v])
+        q = (self.up_q.mT @ self.down_q.mT).flatten(0, 1)
+        v = (self.up_v.mT @ self.down_v.mT).flatten(0, 1)
+        W_q = W_q.add(q, alpha=self.scale)
+        W_v = W_v.add(v, alpha=self.scale)
+        return torch.cat([W_q, W_k, W_v])
 
     def forward(self, z, key=None, value=None, need_weights=False, attn_mask=None):
         """z (B, N, D) -> ((B, N, D), None); open_clip's blocks call it as they call `mha`."""
         B, N, D = z.shape
-        qkv = F.linear(z, self.in_projection(), self.mha.in_proj_bias)  # (B, N, 3D)
-        qkv = qkv.view(B, N, 3, self.mha.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+        with torch.autocast(z.device.type, enabled=False):  # a cast costs more than the products
+            weight = self.in_projection()
+        qkv = F.linear(z, weight, self.mha.in_proj_bias)  # (B, N, 3D)
+        qkv = qkv.view(B, N, 3, self.mha.num_heads, -1).unbind(2)
+        q, k, v = [part.transpose(1, 2) for part in qkv]  # each (B, H, N, d)
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask)  # (B, H, N, d)
         heads = heads * self.gates()[:, None, None]
         tokens = heads.transpose(1, 2).reshape(B, N, D)  # heads side by side
         with torch.autocast(z.device.type, enabled=False):  # in bf16 a gate of 1.001 would be 1
-            return self.mha.out_proj(tokens), None
+            return self.mha.out_proj(tokens).to(z.dtype), None
 
     @torch.no_grad()
     def merge(self) -> nn.MultiheadAttention:
@@ -190,8 +194,10 @@ def route_gradients(loss_cls, loss_mmd, trained: list, reached: list, alpha: flo
     if not reached:
         return
     gradients = torch.autograd.grad(loss_mmd, reached)
-    for parameter, gradient in zip(reached, gradients):
-        parameter.grad = parameter.grad + alpha * gradient
+    gradients = torch._foreach_mul(gradients, alpha)
+    both = torch._foreach_add([parameter.grad for parameter in reached], gradients)
+    for parameter, gradient in zip(reached, both):
+        parameter.grad = gradient
 
 
 def trained_now(strategy: str, step: int, steps: int, weights: list, gates: list) -> list:

@@ -221,6 +221,26 @@ def test_bf16_sees_what_gates_learn_at_first():
     assert changes["bf16"] == pytest.approx(changes["fp32"], rel=0.1)
 
 
+def test_tokens_in_bf16_stay_so_and_carry_small_gates_on_average():
+    """A purified layer hands on what a plain one does: half the memory of float32."""
+    layer = HeadPurifiedAttention(attention().float(), rank=0)
+    torch.manual_seed(0)
+    z = torch.randn(512, 17, 24)
+    changes = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs = []
+        for gate in (1.0, 1.001):
+            layer.gates = torch.full((6,), gate).clone
+            with torch.no_grad(), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+                out, _ = layer(z.to(dtype))
+            assert out.dtype == dtype
+            outputs.append(out.float())
+        changes[dtype] = outputs[1] - outputs[0]
+    expected, found = changes.values()
+    share = (found * expected).sum() / expected.square().sum()
+    assert share.item() == pytest.approx(1, abs=0.15)
+
+
 # ---------- Which loss trains what ---------------------------------------------------------------
 PAIRS = ((0, 1), (0, 2), (1, 2))
 
