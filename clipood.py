@@ -166,7 +166,8 @@ def training_parts(clip, task, rows: dict, class_features, steps: int) -> dict:
         head = nn.Linear(D, C, device=clip.device)
         groups.append({"params": list(head.parameters()), "lr": row.head_lr})
         model = nn.Sequential(model, head)
-    optimizer = torch.optim.AdamW(groups, lr=row.lr, weight_decay=row.weight_decay)
+    options = {"lr": row.lr, "weight_decay": row.weight_decay}
+    optimizer = torch.optim.AdamW(groups, **options, fused=clip.device.type == "cuda")
     if row.loss in PROMPTS:  # learns words, and the tower stays as it is
         classes = first(task.train).classes
         model = common.PromptClassifier(PROMPTS[row.loss](clip, classes))

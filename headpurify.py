@@ -293,7 +293,7 @@ def make_optimizer(row, weights: list, gates: list) -> torch.optim.Optimizer:
     lr = row.full_lr if row.adapter == "full" else row.lr
     of_weights = {"params": weights, "lr": lr, "weight_decay": row.weight_decay}
     of_gates = {"params": gates, "lr": row.gate_lr, "weight_decay": 0.0}
-    return torch.optim.AdamW([of_weights, of_gates])
+    return torch.optim.AdamW([of_weights, of_gates], fused=row.device.type == "cuda")
 
 
 def what_was_learnt(visual, layers: list, trained: list) -> dict:

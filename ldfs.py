@@ -154,7 +154,8 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
     features, labels, *_ = train
     mapper = Mapper(features.shape[1], row.hidden, row.mapper == "residual").to(features.device)
     weights = balanced(labels, len(class_features))
-    options = {"lr": row.mapper_lr, "weight_decay": row.weight_decay}
+    fused = features.device.type == "cuda"
+    options = {"lr": row.mapper_lr, "weight_decay": row.weight_decay, "fused": fused}
     watched = common.Steps(torch.optim.AdamW(mapper.parameters(), **options))
     lowest, best = float("inf"), None
     for epoch in range(1, row.mapper_epochs + 1):
@@ -250,7 +251,8 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
     with_tiny_clip, with_others = LEARNING_RATES[row.finetune]
     lr = row.lr or (with_tiny_clip if row.model == "tiny" else with_others)
     steps = -(-len(sets[0][0]) // row.batch_size)  # an epoch; the last batch may be smaller
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=row.weight_decay)
+    options = {"weight_decay": row.weight_decay, "fused": features.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.epochs * steps)
     watched = common.Steps(optimizer)
     for epoch in range(1, row.epochs + 1):

@@ -286,7 +286,7 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     options = {"generator": order, "collate_fn": common.as_is, "num_workers": row.workers}
     options |= {"persistent_workers": row.workers > 0, "pin_memory": row.device.type == "cuda"}
     loader = DataLoader(sets["train"], row.batch_size, shuffle=True, **options)
-    optimizer = torch.optim.Adam(model.parameters(), row.lr)
+    optimizer = torch.optim.Adam(model.parameters(), row.lr, fused=row.device.type == "cuda")
     milestones = [int(part * row.epochs) or 1 for part in (0.7, 0.8)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
     scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")

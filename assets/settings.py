@@ -297,6 +297,8 @@ def settle_device(args: argparse.Namespace) -> None:
     if args.precision == "auto":
         bf16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported()
         args.precision = "bf16" if bf16 else "fp32"
+    if kind == "cuda" and args.precision != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32 where half precision would be too coarse
 
 
 def read_row(text: str, args: argparse.Namespace) -> argparse.Namespace:
