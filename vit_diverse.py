@@ -122,10 +122,12 @@ def subset_hits(model: DiverseViT, heads, labels, masks) -> torch.Tensor:
     Args: heads (N, H, d) of `collect_heads`; labels (N,); masks (S, H).
     Returns: (S, N) bool, on the CPU.
     """
-    hits = []
-    at_once = max(1, 2**15 // len(heads))  # to bound memory: about 32,000 class tokens
-    for chunk in masks.to(heads.device).split(at_once):
-        logits = model.logits(heads, chunk[:, None])  # (chunk, N, C)
+    last, hits = model.last, []
+    said = last.said_by_each(heads)  # (H, N, D), so that a subset costs a sum and the MLP
+    at_once = max(1, 2**12 // len(heads))  # class tokens that stay in a cache
+    for weights in last.weights(masks.to(heads.device)).split(at_once):
+        x = (weights @ said.flatten(1)).view(-1, *said.shape[1:])  # (chunk, N, D)
+        logits = model.classifier(last.end(x + last.out.bias))  # (chunk, N, C)
         hits.append(logits.argmax(-1).cpu() == labels)
     return torch.cat(hits)
 
@@ -196,12 +198,22 @@ class LastBlock(nn.Module):
     def output(self, heads, head_mask=None):
         """Head outputs (..., H, d), mask (..., H) or None -> class token (..., D)."""
         if head_mask is not None:
-            in_use = head_mask.sum(-1, keepdim=True)
-            if (in_use == 0).any():
-                raise ValueError("head_mask keeps no head; at least one must be 1")
-            weights = head_mask * (self.heads / in_use)
-            heads = heads * weights.unsqueeze(-1)
-        x = self.out(heads.flatten(-2))
+            heads = heads * self.weights(head_mask).unsqueeze(-1)
+        return self.end(self.out(heads.flatten(-2)))
+
+    def weights(self, head_mask):
+        """m H / sum(m): (..., H). Raises: ValueError if a mask keeps no head."""
+        in_use = head_mask.sum(-1, keepdim=True)
+        if (in_use == 0).any():
+            raise ValueError("head_mask keeps no head; at least one must be 1")
+        return head_mask * (self.heads / in_use)
+
+    def said_by_each(self, heads):
+        """Head outputs (N, H, d) -> what each adds to the class token, (H, N, D)."""
+        W_o = self.out.weight.T.unflatten(0, (self.heads, -1))  # (H, d, D)
+        return heads.transpose(0, 1) @ W_o
+
+    def end(self, x):
         return x + self.mlp(self.mlp_norm(x))
 
 
