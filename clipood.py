@@ -223,6 +223,8 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
     batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers, clip.device)
     watched = common.Steps(optimizer, batches, scaler)
     replica = common.replica(model)  # the model, or what averages its gradients over processes
+    if row.loss not in PROMPTS:
+        replica = common.compiled(replica, row)
     for epoch in range(state["epoch"], row.epochs):
         epoch_seed = seed * 1000 + epoch
         taken, steps = state["step"], row.steps_per_epoch  # before an interruption, in all
@@ -444,6 +446,7 @@ PROTOCOL += "in domain-shift only 20 % of the target tested"
 OF_ALL_ROWS = [
     common.TARGET,
     common.PROFILE,
+    common.COMPILE,
     ("task", TASKS, None, None, "unseen domains, classes, or both (domain-shift if it can)"),
     ("protocol", ("whole", "official"), "whole", "whole", PROTOCOL),
     ("shots", common.at_least(1), 16, 16, "training images per class of few-shot sets (published)"),
@@ -468,6 +471,7 @@ SETTINGS = [
 TRAINED = "linear|ms|coop"
 NEEDS = {"margin": "ms", "beta": "bma", "ema": "ema", "wise-ft": "wise-ft", "lr": "linear|ms"}
 NEEDS |= {"head-lr": "linear", "prompt-lr": "coop", "weight-decay": "linear|ms"}
+NEEDS["compile"] = "linear|ms"
 NEEDS |= dict.fromkeys(("batch-size", "epochs", "steps-per-epoch"), TRAINED)
 METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES, NEEDS, shared=True)
 # {"task, data set": its settings}; also of "tiny CLIP", and of "any other" data set

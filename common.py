@@ -8,10 +8,10 @@
 
 What any command needs comes from modules in assets/, and is called `common.X` like the rest:
 settings.py (flags; rows with settings of their own), batches.py (`SourceBatches`, of all source
-domains alike), steps.py (`Steps` of an optimizer, watched), parallel.py (several processes as one),
-runs.py (`open_run`: a folder that appears when it is complete, or can be continued), report.py
-(tables and pictures of records), pictures.py, prompts.py (CoOp and CoCoOp, which the papers compare
-with), command.py (errors in one line).
+domains alike), steps.py (`Steps` of an optimizer, watched), graphs.py (`compiled` towers),
+parallel.py (several processes as one), runs.py (`open_run`: a folder that appears when it is
+complete, or can be continued), report.py (tables and pictures of records), pictures.py, prompts.py
+(CoOp and CoCoOp, which the papers compare with), command.py (errors in one line).
 
 Four words: a **Task** is what one run may see, a **row** is one line of a table, a **run** is one
 target and seed, and a **record** is what a run leaves: {"target", "seed", "rows": {row: {measure:
@@ -61,6 +61,7 @@ from assets.data_sets import main as list_data_sets
 from assets.files import replacing, write_json
 from assets.files import write_arrays as write_arrays
 from assets.files import write_tensors as write_tensors
+from assets.graphs import compiled as compiled
 from assets.images import leave_out_broken
 from assets.images import read_image as read_image
 from assets.parallel import average_gradients as average_gradients
@@ -92,6 +93,7 @@ from assets.report import value_table as value_table
 from assets.run_tables import main as table_runs
 from assets.runs import Run as Run
 from assets.runs import open_run as open_run
+from assets.settings import COMPILE as COMPILE
 from assets.settings import ONE_PLACE as ONE_PLACE
 from assets.settings import PROFILE as PROFILE
 from assets.settings import TARGET as TARGET

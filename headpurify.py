@@ -229,11 +229,11 @@ def train(clip, class_features, task, row, seed: int, saved=None, save=None) -> 
     batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers, row.device)
     batches.restart(seed, state["step"])
     watched = common.Steps(optimizer, batches, scaler)
-    visual.train()
+    tower = common.compiled(visual.train(), row)
     for step in tqdm(range(state["step"] + 1, steps + 1), disable=None):
         images, labels, _ = [part.to(row.device, non_blocking=True) for part in next(batches)]
         batch = images, labels, len(task.train)
-        both = losses(visual, *batch, class_features, clip.logit_scale, row, reached)
+        both = losses(tower, *batch, class_features, clip.logit_scale, row, reached)
         trained = trained_now(row.strategy, step, steps, weights, gates)
         reached_now = [parameter for parameter in trained if parameter in reached]
         optimizer.zero_grad()
@@ -540,6 +540,7 @@ SETTINGS = [
 ]
 OF_ALL_ROWS = [
     common.TARGET,
+    common.COMPILE,
     common.TEMPLATES,
     common.PROFILE,
     ("class-features", str, None, None, "(C, D) of any other prompt method, .npy; --prompt file"),
@@ -547,6 +548,7 @@ OF_ALL_ROWS = [
 ]
 # {setting: rows that it has an effect on}
 NEEDS = {"lora-rank": "^lora", "full-lr": "full", "gate-lr": "dig", "strategy": "lora.dig"}
+NEEDS["compile"] = "full|lora|dig"
 NEEDS |= dict.fromkeys(("lr", "rank", "last-rank", "scale"), "lora")
 METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES, NEEDS, shared=True)
 
@@ -560,6 +562,8 @@ def settings(argv=None):
     args = common.settle(args)
     if args.class_features and "file" not in {row.prompt for row in args.rows.values()}:
         raise common.InputError("--class-features has no effect without --prompt file")
+    if args.compile and {row.mmd_at for row in args.rows.values()} != {"output"}:
+        raise common.InputError("--compile hides what layers hand on: it needs --mmd-at output")
     if args.drop and args.study != "drop-heads":
         raise common.InputError("--drop has no effect without --study drop-heads")
     if args.figures and not args.rows[args.modes[-1]].gated:

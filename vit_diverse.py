@@ -303,6 +303,7 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
     scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")
     watched = common.Steps(optimizer, scaler=scaler)
+    trunk = common.compiled(model.trunk, row)  # the last layer's gradient has a gradient itself
 
     history = []
     for epoch in tqdm(range(1, row.epochs + 1), desc=f"lambda {weight:g}", disable=None):
@@ -310,14 +311,7 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
         for place, (images, labels) in enumerate(common.profile.batches(loader), start=1):
             images = images.to(row.device, non_blocking=True)
             labels = labels.to(row.device, non_blocking=True)
-            with common.autocast(row.device, row.precision):
-                inputs = model.head_inputs(images)  # (H, B, N, D)
-                heads = model.head_outputs(inputs)  # (B, H, d)
-                logits = model.logits(heads).float()  # (B, C)
-            loss_erm = F.cross_entropy(logits, labels)
-            loss_ig = torch.zeros((), device=row.device)
-            if weight:
-                loss_ig = input_gradient_loss(logits, inputs, row.normalize, row.reduce)
+            loss_erm, loss_ig = losses(model, trunk, images, labels, row)
             optimizer.zero_grad()
             # L_IG holds gradients: its own gradient goes through the network a second time
             loss = loss_erm + weight * loss_ig
@@ -331,6 +325,19 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
             found |= epoch_accuracies(model, sets, row)
         history.append(found)
     return history
+
+
+def losses(model: DiverseViT, trunk, images, labels, row) -> tuple:
+    """L_ERM and L_IG of a batch (B, 3, h, w), scalars; L_IG is 0 where it has no weight. trunk:
+    the model's, or the same as a graph."""
+    with common.autocast(row.device, row.precision):
+        inputs = model.last.head_inputs(trunk(images))  # (H, B, N, D)
+        heads = model.head_outputs(inputs)  # (B, H, d)
+        logits = model.logits(heads).float()  # (B, C)
+    loss_erm = F.cross_entropy(logits, labels)
+    if not getattr(row, "lambda"):
+        return loss_erm, torch.zeros((), device=row.device)
+    return loss_erm, input_gradient_loss(logits, inputs, row.normalize, row.reduce)
 
 
 # ---------- Tests --------------------------------------------------------------------------------
@@ -552,6 +559,7 @@ PUBLISHED = "published: also all rows as the paper chose them, ID and OOD by dif
 OF_ALL_ROWS = [
     *NETWORK,
     ("protocol", ("one-model", "published"), "one-model", "one-model", PUBLISHED),
+    common.COMPILE,
     ("download", bool, False, False, "mnist-cifar: fetch MNIST and CIFAR-10 if missing"),
     common.PROFILE,
 ]

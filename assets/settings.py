@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from assets import parallel
+from assets.graphs import check_compiler
 from assets.profile import EVERY, profile
 from assets.tiny_world import InputError
 
@@ -110,6 +111,8 @@ COMMON_SETTINGS = [
 
 EVERY_50 = f"print every {EVERY} steps: images/s, share of time waiting for data, GPU memory"
 PROFILE = ("profile", bool, False, False, EVERY_50)
+# not given is None, as above
+COMPILE = ("compile", bool, None, None, "the tower's training pass as one graph, for speed")
 TARGET = ("target", str, "sketch", "sketch", "held-out domain: name, its start, number, or all")
 PROMPT = ["a photo of a {}."]
 TEMPLATES = ("templates", [prompt_template], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
@@ -231,6 +234,8 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
     if args.summary:
         check_summary(args.summary)
     settle_device(args)
+    if getattr(args, "compile", None):
+        check_compiler(args.device)
     args.rows = {text: read_row(text, args) for text in args.modes}
     return args
 
