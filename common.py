@@ -62,7 +62,7 @@ from assets.files import replacing, write_json
 from assets.files import write_arrays as write_arrays
 from assets.files import write_tensors as write_tensors
 from assets.graphs import compiled as compiled
-from assets.images import leave_out_broken
+from assets.images import Augment, leave_out_broken
 from assets.images import read_image as read_image
 from assets.parallel import average_gradients as average_gradients
 from assets.parallel import gathered as gathered
@@ -155,8 +155,12 @@ class ImageSet(Dataset):
             pixels = self.images[indices]
             images = self.transform(pixels) if self.transform else pixels.float() / 255
         else:
-            images = torch.stack([self.transform(read_image(self.images[i])) for i in indices])
+            images = torch.stack([self.transform(self.read(i)) for i in indices])
         return images, self.labels[indices]
+
+    def read(self, index: int):
+        """A file's image, before its transform."""
+        return read_image(self.images[index])
 
     def __getitem__(self, index):
         images, labels = self.__getitems__([index])
@@ -325,22 +329,20 @@ def image_transform(model: nn.Module, train: bool = False) -> Callable:
     """The model's own preprocessing: open_clip's, written with transforms that take PIL images and
     uint8 batches alike.
 
-    With `train`, RandomResizedCrop (scale 0.7 ... 1) and a horizontal flip instead of the centre
-    crop (CLIPood, Sec. 4.1).
+    With `train`, an `Augment` instead of the centre crop.
     """
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
     interpolation = v2.InterpolationMode(config.get("interpolation", "bicubic"))
+    numbers = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    numbers += [v2.Normalize(config["mean"], config["std"]), v2.ToPureTensor()]
     if train:
-        crop = [v2.RandomResizedCrop(size, (0.7, 1.0), interpolation=interpolation)]
-        crop.append(v2.RandomHorizontalFlip())
-    elif config.get("resize_mode", "shortest") == "squash":
+        return Augment(size, interpolation, v2.Compose(numbers))
+    if config.get("resize_mode", "shortest") == "squash":
         crop = [v2.Resize(size, interpolation)]
     else:
         crop = [v2.Resize(min(size), interpolation), v2.CenterCrop(size)]
-    numbers = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    numbers += [v2.Normalize(config["mean"], config["std"]), v2.ToPureTensor()]
     return v2.Compose([*crop, *numbers])
 
 

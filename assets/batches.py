@@ -28,6 +28,11 @@ def endless_order(size: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(size, generator=generator).tolist()
 
 
+def seed_cpu(seed: int) -> None:
+    """torch.manual_seed seeds GPUs too, which takes as long as cropping an image."""
+    torch.default_generator.manual_seed(seed)
+
+
 class Draws:
     """What each step draws: from every domain its next images, (image, seed of its augmentation)
     each. Of several processes each has its share of every domain's.
@@ -81,15 +86,15 @@ class Sources(Dataset):
         """Each file is cropped and mirrored by a seed of its own, so that it does not matter which
         process reads it; pixels in memory are all by that of the first."""
         if isinstance(own.images, torch.Tensor):
-            torch.manual_seed(some[0][1])
+            seed_cpu(some[0][1])
             return own.__getitems__([image for image, _ in some])
-        images, labels = [], []
+        crop = getattr(own.transform, "crop", own.transform)  # of an `Augment` only that part
+        images = []
         for image, seed in some:
-            torch.manual_seed(seed)
-            x, y = own[image]
-            images.append(x)
-            labels.append(y)
-        return torch.stack(images), torch.stack(labels)
+            seed_cpu(seed)
+            x = crop(own.read(image))
+            images.append(x.movedim(0, -1))  # (h, w, 3), as they lie in memory
+        return torch.stack(images).movedim(-1, 1), own.labels[[image for image, _ in some]]
 
 
 # ---------- Their batches ------------------------------------------------------------------------
@@ -107,7 +112,9 @@ class SourceBatches:
     """
 
     def __init__(self, sets: dict, per_domain: int, seed: int, workers: int = 0, device="cpu"):
-        self.sets = sets
+        self.sets, self.device = sets, device
+        transform = next(iter(sets.values())).transform
+        self.numbers = getattr(transform, "numbers", None)  # of an `Augment`
         self.draws = Draws([len(images) for images in sets.values()], per_domain, seed)
         options = {"num_workers": workers, "persistent_workers": workers > 0}
         options |= {"collate_fn": as_is, "pin_memory": torch.device(device).type == "cuda"}
@@ -127,6 +134,8 @@ class SourceBatches:
         if self.batches is None:
             self.batches = profile.batches(self.loader)
         images, labels = next(self.batches)
+        if images.dtype == torch.uint8:
+            images = self.numbers(images.to(self.device, non_blocking=True))
         self.step += 1
         return images, labels, self.domain
 

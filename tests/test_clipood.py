@@ -545,8 +545,8 @@ def test_official_protocol_resizes_bilinearly_and_stores_float16():
         clip = common.load_clip("tiny", interpolation=interpolation)
         expected = interpolation or "bicubic"
         assert clip.config["preprocess_cfg"]["interpolation"] == expected
-        for transform in (clip.preprocess, clip.augment):
-            assert transform.transforms[0].interpolation.value == expected
+        for transform in (clip.preprocess.transforms[0], clip.augment):
+            assert transform.interpolation.value == expected
 
 
 def test_averages_do_not_change_the_trajectory_and_wise_ft_is_the_middle():
