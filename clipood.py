@@ -445,8 +445,7 @@ PROTOCOL = (
 PROTOCOL += "in domain-shift only 20 % of the target tested"
 OF_ALL_ROWS = [
     common.TARGET,
-    common.PROFILE,
-    common.COMPILE,
+    *common.SPEED,
     ("task", TASKS, None, None, "unseen domains, classes, or both (domain-shift if it can)"),
     ("protocol", ("whole", "official"), "whole", "whole", PROTOCOL),
     ("shots", common.at_least(1), 16, 16, "training images per class of few-shot sets (published)"),
@@ -471,8 +470,8 @@ SETTINGS = [
 TRAINED = "linear|ms|coop"
 NEEDS = {"margin": "ms", "beta": "bma", "ema": "ema", "wise-ft": "wise-ft", "lr": "linear|ms"}
 NEEDS |= {"head-lr": "linear", "prompt-lr": "coop", "weight-decay": "linear|ms"}
-NEEDS["compile"] = "linear|ms"
-NEEDS |= dict.fromkeys(("batch-size", "epochs", "steps-per-epoch"), TRAINED)
+NEEDS |= {"compile": "linear|ms"}
+NEEDS |= dict.fromkeys(("batch-size", "epochs", "steps-per-epoch", "cache"), TRAINED)
 METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES, NEEDS, shared=True)
 # {"task, data set": its settings}; also of "tiny CLIP", and of "any other" data set
 FILE = Path(__file__).with_name("assets") / "clipood.json"
@@ -624,7 +623,9 @@ def main():
             with common.open_run(args, target, seed, label) as run:
                 if not run.complete:
                     task = make_task(args, data, target, seed)
-                    compare(args, task.transformed(augment, args.clip.preprocess), run)
+                    folder = common.cache_folder(args)
+                    task = task.transformed(augment, args.clip.preprocess, folder)
+                    compare(args, task, run)
             records.append(run.record)
     return common.report(args, records)
 

@@ -55,6 +55,7 @@ from assets.benchmarks import (
     read_dataset,
     read_own_folders,
 )
+from assets.cache import Cache, open_cache
 from assets.class_features import read_class_features as read_class_features
 from assets.command import command as command
 from assets.data_sets import main as list_data_sets
@@ -93,13 +94,13 @@ from assets.report import value_table as value_table
 from assets.run_tables import main as table_runs
 from assets.runs import Run as Run
 from assets.runs import open_run as open_run
-from assets.settings import COMPILE as COMPILE
 from assets.settings import ONE_PLACE as ONE_PLACE
-from assets.settings import PROFILE as PROFILE
+from assets.settings import SPEED as SPEED
 from assets.settings import TARGET as TARGET
 from assets.settings import TEMPLATES as TEMPLATES
 from assets.settings import Method as Method
 from assets.settings import at_least as at_least
+from assets.settings import cache_folder as cache_folder
 from assets.settings import did_you_mean as did_you_mean
 from assets.settings import flags as flags
 from assets.settings import has_one_place as has_one_place
@@ -145,6 +146,7 @@ class ImageSet(Dataset):
     groups: torch.Tensor | None = None  # (N,) int64, for worst-group accuracy
     transform: Callable | None = None
     attributes: dict = field(default_factory=dict)  # of drawn images: {"background": (N,) int64}
+    cache: Cache | None = None  # of files, see `cached`
 
     def __len__(self):
         return len(self.labels)
@@ -159,8 +161,8 @@ class ImageSet(Dataset):
         return images, self.labels[indices]
 
     def read(self, index: int):
-        """A file's image, before its transform."""
-        return read_image(self.images[index])
+        """A file's image, before its transform: PIL, or (3, h, w) uint8 of the cache."""
+        return self.cache[index] if self.cache else read_image(self.images[index])
 
     def __getitem__(self, index):
         images, labels = self.__getitems__([index])
@@ -169,11 +171,17 @@ class ImageSet(Dataset):
     def transformed(self, transform: Callable | None) -> ImageSet:
         return replace(self, transform=transform)
 
+    def cached(self, folder: Path, domain: str) -> ImageSet:
+        """Files read from a cache, made now if it is not there. The transform is an `Augment`."""
+        side = self.transform.cached_side
+        return replace(self, cache=open_cache(self.images.tolist(), folder, domain, side))
+
     def subset(self, indices) -> ImageSet:
         indices = np.asarray(indices, dtype=np.int64)
         groups = None if self.groups is None else self.groups[indices]
         attributes = {name: values[indices] for name, values in self.attributes.items()}
         own = {"labels": self.labels[indices], "groups": groups, "attributes": attributes}
+        own["cache"] = self.cache and self.cache.subset(indices)
         return replace(self, images=self.images[indices], **own)
 
     def labelled(self, chosen: range) -> ImageSet:
@@ -360,11 +368,14 @@ class Task:
     train: dict[str, ImageSet]  # by source domain
     tests: dict[str, dict[str, ImageSet]]  # by test, then by domain; "hold-out" may choose a model
 
-    def transformed(self, augment: Callable, preprocess: Callable) -> Task:
-        """With one transform for training images, and one for all others."""
+    def transformed(self, augment: Callable, preprocess: Callable, cache=None) -> Task:
+        """With one transform for training images, which come from a folder of caches if one is
+        given, and one transform for all others."""
         train, tests = {}, {}
         for domain, images in self.train.items():
             train[domain] = images.transformed(augment)
+            if cache:
+                train[domain] = train[domain].cached(cache, domain)
         for test, sets in self.tests.items():
             tests[test] = {name: images.transformed(preprocess) for name, images in sets.items()}
         return Task(self.classes, train, tests)

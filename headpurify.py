@@ -540,16 +540,15 @@ SETTINGS = [
 ]
 OF_ALL_ROWS = [
     common.TARGET,
-    common.COMPILE,
     common.TEMPLATES,
-    common.PROFILE,
+    *common.SPEED,
     ("class-features", str, None, None, "(C, D) of any other prompt method, .npy; --prompt file"),
     ("drop", [str], None, None, "LAYER.HEAD ... for --study drop-heads; 1.1 is the first"),
 ]
 # {setting: rows that it has an effect on}
 NEEDS = {"lora-rank": "^lora", "full-lr": "full", "gate-lr": "dig", "strategy": "lora.dig"}
-NEEDS["compile"] = "full|lora|dig"
 NEEDS |= dict.fromkeys(("lr", "rank", "last-rank", "scale"), "lora")
+NEEDS |= dict.fromkeys(("cache", "compile"), "full|lora|dig")
 METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES, NEEDS, shared=True)
 
 
@@ -679,7 +678,9 @@ def main():
             with common.open_run(args, target, seed) as run:
                 if not run.complete:
                     task = common.leave_one_out(domains, target)
-                    compare(args, task.transformed(augment, args.clip.preprocess), run)
+                    folder = common.cache_folder(args)
+                    task = task.transformed(augment, args.clip.preprocess, folder)
+                    compare(args, task, run)
             records.append(run.record)
     result = common.report(args, records)
     chosen = "Checkpoints are chosen on the hold-out"

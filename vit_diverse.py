@@ -457,6 +457,8 @@ def train_and_look(name: str, row, sets: dict, run, seed: int) -> tuple:
     model.to(row.device).eval()
     for part, images in sets.items():
         sets[part] = images.transformed(augment if part == "train" else preprocess)
+    if row.cache:
+        sets["train"] = sets["train"].cached(common.cache_folder(row), row.dataset)
     some = range(min(64, len(sets["val_id"])))
     images, _ = sets["val_id"].__getitems__(some)
     images = images.to(row.device)
@@ -558,10 +560,9 @@ NETWORK = [  # of --model scratch
 PUBLISHED = "published: also all rows as the paper chose them, ID and OOD by different models"
 OF_ALL_ROWS = [
     *NETWORK,
+    *common.SPEED,
     ("protocol", ("one-model", "published"), "one-model", "one-model", PUBLISHED),
-    common.COMPILE,
     ("download", bool, False, False, "mnist-cifar: fetch MNIST and CIFAR-10 if missing"),
-    common.PROFILE,
 ]
 NEEDS = {"div-lr": "div", "select-by": "sel"}  # rows that they have an effect on
 METHOD = common.Method("vit_diverse", SETTINGS, ROWS, STUDIES, NEEDS)

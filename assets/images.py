@@ -143,6 +143,11 @@ class Augment:
     numbers: Callable  # (..., 3, h, w) uint8 -> float32
     mirror: Callable = v2.RandomHorizontalFlip()
 
+    @property
+    def cached_side(self) -> int:
+        """The shorter side of images in a cache: 256 for the usual 224."""
+        return max(256, max(self.size) * 8 // 7)
+
     def __call__(self, image) -> torch.Tensor:
         return self.numbers(self.crop(image))
 

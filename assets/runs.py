@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -20,14 +19,10 @@ import torch
 
 from assets import parallel, stop
 from assets.files import PARTIAL, write_json, write_tensors
+from assets.locks import locked
 from assets.settings import slug
 from assets.tiny_world import InputError
 from assets.weights import why_not
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
     "data_root device workers output resume seeds target source summary figures download study "
@@ -121,7 +116,7 @@ def open_run(args, target: str, seed: int, label: str = ""):
         yield from follow(args, run, final)
         return
     lock = final.with_name(f".{name}.lock")
-    with stop.in_steps(), parents(final), locked(lock, args.share) as mine:
+    with stop.in_steps(), parents(final), locked(lock, "leave" if args.share else "refuse") as mine:
         if not mine:
             leave(run, final)
             parallel.from_first(run.record)
@@ -211,67 +206,6 @@ def make_folder(path: Path, keep: bool) -> None:
         raise InputError(
             f"cannot write results to {path}: {why}; choose another --output"
         ) from None
-
-
-class Held(InputError):
-    """Another process has a run."""
-
-
-@contextlib.contextmanager
-def locked(path: Path, share: bool = False):
-    """Keep other processes out of a run: by a lock on a file beside its folder, while it lasts.
-
-    The kernel takes the lock back when its process ends, also by a kill, and processes that read
-    images do not inherit it. On a disk that several machines share it is the file server that keeps
-    locks (NFSv4, Lustre with `-o flock`, GPFS), and takes back those of a machine that is gone.
-    Where there are no such locks, as on Windows and on some network file systems, nothing keeps
-    others out.
-
-    Gives: does this process have it? It is False only with `share`.
-    Raises: Held if another process has it; with `share` InputError where there are no locks.
-    """
-    try:
-        file = take_lock(path)
-    except Held:
-        if not share:
-            raise
-        yield False
-        return
-    if share and not file:
-        raise InputError(
-            f"--share: {path} cannot be locked: choose an --output on a disk with locks, or give "
-            "every process --seeds or targets of its own"
-        )
-    try:
-        yield True
-    finally:
-        if file:
-            path.unlink(missing_ok=True)  # before the lock is free, see `take_lock`
-            file.close()
-
-
-def take_lock(path: Path):
-    """An open file and a lock on it; None where that cannot be had."""
-    while fcntl:
-        try:
-            file = path.open("a")
-        except OSError:  # nothing can be written here: `make_folder` says so, if anything shall
-            return None
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise Held(
-                f"another process is at this run ({path}): wait for it, or choose another --output"
-            ) from None
-        except OSError:  # a file system without locks
-            file.close()
-            path.unlink()
-            return None
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # of a run that ended just now, and removed it
-    return None
 
 
 def resume(run: Run, final: Path) -> None:

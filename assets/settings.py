@@ -109,10 +109,13 @@ COMMON_SETTINGS = [
 ]
 
 
-EVERY_50 = f"print every {EVERY} steps: images/s, share of time waiting for data, GPU memory"
-PROFILE = ("profile", bool, False, False, EVERY_50)
-# not given is None, as above
-COMPILE = ("compile", bool, None, None, "the tower's training pass as one graph, for speed")
+CACHE = "train on images of a shorter side of at most 256, kept in DATA_ROOT/.cache: read once"
+PROFILE = f"print every {EVERY} steps: images/s, share of time waiting for data, GPU memory"
+SPEED = [  # of scripts that train a tower; not given is None, as above
+    ("cache", bool, None, None, CACHE),
+    ("compile", bool, None, None, "the tower's training pass as one graph"),
+    ("profile", bool, None, None, PROFILE),
+]
 TARGET = ("target", str, "sketch", "sketch", "held-out domain: name, its start, number, or all")
 PROMPT = ["a photo of a {}."]
 TEMPLATES = ("templates", [prompt_template], PROMPT, PROMPT, "prompts, averaged; or: ensemble")
@@ -212,9 +215,11 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
     tiny_data = args.dataset.startswith("tiny-")
     if args.cue is not None and not tiny_data:
         raise InputError(f"--cue {args.cue} is for tiny data and has no effect on {args.dataset}")
-    if args.skip_broken and (tiny_data or args.dataset == "mnist-cifar"):
-        what = "is for images in files of their own"
-        raise InputError(f"--skip-broken {what} and has no effect on {args.dataset}")
+    for name in ("skip-broken", "cache"):
+        given = getattr(args, name.replace("-", "_"), None)
+        if given and (tiny_data or args.dataset == "mnist-cifar"):
+            what = "is for images in files of their own"
+            raise InputError(f"--{name} {what} and has no effect on {args.dataset}")
     preset.setdefault("cue", 0.95 if args.dataset == "tiny-waterbirds" else 0.4)
     preset.setdefault("workers", 0 if tiny_data else readers())
     args.model = args.model or preset.get("model") or ("tiny" if tiny_data else "ViT-B-16")
@@ -238,6 +243,11 @@ def settle(args: argparse.Namespace, preset: dict | None = None) -> argparse.Nam
         check_compiler(args.device)
     args.rows = {text: read_row(text, args) for text in args.modes}
     return args
+
+
+def cache_folder(args: argparse.Namespace) -> Path | None:
+    """Where --cache keeps training images; None without it."""
+    return Path(args.data_root) / ".cache" if args.cache else None
 
 
 def readers() -> int:

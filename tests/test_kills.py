@@ -23,7 +23,7 @@ import torch
 from conftest import ROOT
 
 import common
-from assets import files, runs
+from assets import files, locks
 from assets.pictures import plot_panels
 from assets.tiny_world import draw_digits_and_vehicles
 
@@ -339,11 +339,11 @@ def test_a_run_whose_process_died_is_taken_over(start, tmp_path):
 
 
 def test_runs_are_not_shared_where_there_are_no_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "fcntl", None)
-    with runs.locked(tmp_path / "lock") as mine:
+    monkeypatch.setattr(locks, "fcntl", None)
+    with locks.locked(tmp_path / "lock") as mine:
         assert mine
     with pytest.raises(common.InputError, match="--share: .*lock cannot be locked"):
-        with runs.locked(tmp_path / "lock", share=True):
+        with locks.locked(tmp_path / "lock", "leave"):
             pass
 
 

@@ -462,8 +462,9 @@ def test_vit_diverse_leaves_broken_images_out(call_main, birds):
     data = birds(BIRDS)
     (data / "waterbird_complete95_forest2water2" / "b.png").write_bytes(b"")
     line = f"--dataset waterbirds --data-root {data} --model tiny --workers 0"
-    output = call_main(vit_diverse.main, f"{line} --skip-broken")
+    output = call_main(vit_diverse.main, f"{line} --skip-broken --cache")
     assert output.count("1 of 5 images are left out") == 2 and "b.png" in output
+    assert "--cache: waterbirds: 2 images" in output
 
 
 @pytest.mark.parametrize(
