@@ -2,20 +2,24 @@
 
 Taking turns slows both ways alike on a busy machine.
 
-    python tests/bench.py headpurify | clipood | vit_diverse | ldfs
+    python tests/bench.py headpurify | clipood | vit_diverse | ldfs | reading
 """
 
 import argparse
 import copy
+import functools
 import logging
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -256,8 +260,50 @@ def ldfs(repeats: int) -> None:
     print(f"direction loss of 256 samples, a loop over them / all at once: {ratio:.0f}")
 
 
+def draw_photos(folder: Path, count: int) -> list[str]:
+    """JPEGs of 500 x 400 with colours and detail at all scales, as photographs have."""
+    rng = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        picture = np.zeros((400, 500, 3))
+        for side in (3, 12, 50, 200):
+            coarse = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            picture += np.asarray(Image.fromarray(coarse).resize((500, 400))) / 4
+        files.append(f"{folder}/{number}.jpg")
+        Image.fromarray(picture.astype(np.uint8)).save(files[-1], quality=90)
+    return files
+
+
+def reading(repeats: int) -> None:
+    """Epochs of 512 images as batches for ViT-B-16, two processes that read: files, and a cache."""
+    import common
+
+    logging.disable(logging.WARNING)  # open_clip: "No pretrained weights"
+    augment = common.image_transform(open_clip.create_model("ViT-B-16"), train=True)
+    with tempfile.TemporaryDirectory() as folder:
+        files, labels = np.array(draw_photos(Path(folder), 512)), torch.zeros(512).long()
+        images = common.ImageSet(files, labels, ("any",), transform=augment)
+        sets = {"JPEGs": images, "cache": images.cached(Path(folder), "photos")}
+        ways = {}
+        for name, own in sets.items():
+            batches = common.SourceBatches({"photos": own}, 32, seed=0, workers=2)
+            batches.numbers = torch.Tensor.detach  # as it is: the rest is a GPU's work
+            ways[name] = functools.partial(epoch, batches)
+        found = medians(ways, repeats)
+    for name, seconds in found.items():
+        print(f"{name}: {512 / seconds:.0f} images/s")
+    print(f"an epoch from JPEGs / from the cache: {found['JPEGs'] / found['cache']:.1f} (bound: 5)")
+
+
+def epoch(batches) -> None:
+    batches.restart(seed=0, steps=16)
+    for _ in range(16):
+        next(batches)
+
+
 if __name__ == "__main__":
     ways = {"headpurify": headpurify, "clipood": clipood, "vit_diverse": vit_diverse, "ldfs": ldfs}
+    ways["reading"] = reading
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("method", choices=ways)
