@@ -1,4 +1,4 @@
-"""Who may write somewhere: of several processes, on one machine or on a disk that machines share."""
+"""Who may write somewhere: of several processes, also of several machines with one disk."""
 
 from __future__ import annotations
 
