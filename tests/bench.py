@@ -1,8 +1,10 @@
 """What the methods' extras cost, as ratios of two ways that take turns in one run.
 
-Taking turns slows both ways alike on a busy machine.
+Taking turns slows both ways alike on a busy machine. Operations, and those for which a GPU would be
+waited for, are counted on a CPU, under bf16 autocast as on a GPU.
 
     python tests/bench.py headpurify | clipood | vit_diverse | ldfs | reading
+    python tests/bench.py --gpu         # training steps with ViT-B/16: results/speed-<GPU>.json
 """
 
 import argparse
@@ -20,6 +22,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,10 +67,26 @@ def training_bytes(forward, tower, optimizer) -> int:
     return saved_bytes(forward, tower.parameters()) + sum(tensor.nbytes for tensor in tensors)
 
 
+def print_operations(*names: str) -> None:
+    """Of a training step of each, with ViT-B/16's layers; see training_steps.py."""
+    from training_steps import STEPS, operations
+
+    logging.disable(logging.INFO)
+    counts = {}
+    for name in names:
+        other = STEPS[name][1]
+        for one in (name, other):
+            counts[one] = counts.get(one) or operations(one)
+        found, against = counts[name], counts[other].launched
+        share = f"{found.launched / against:.2f} of {other}'s {against:,}"
+        print(f"{name}: {found.launched:,} operations in a step, {share}; {found.waits} wait")
+
+
 def headpurify(repeats: int) -> None:
     """A purification step with both gradients beside full fine-tuning, merged beside CLIP."""
     import common
 
+    print_operations("headpurify")
     logging.disable(logging.WARNING)  # open_clip: "No pretrained weights"
     for name in ("tiny", "ViT-B-32"):
         torch.manual_seed(0)
@@ -78,7 +97,7 @@ def headpurify(repeats: int) -> None:
 def bench_purification(name: str, clip, repeats: int) -> None:
     from headpurify import merge, mmd_loss, purify, route_gradients
 
-    labels, domain = torch.arange(12) % 7, torch.arange(3).repeat_interleave(4)
+    labels = torch.arange(12) % 7
     full, purified = (copy.deepcopy(clip).requires_grad_(True) for _ in range(2))
     layers = purify(purified)
     lora = [parameter for layer in layers for parameter in layer.lora_parameters()]
@@ -100,7 +119,7 @@ def bench_purification(name: str, clip, repeats: int) -> None:
 
     def both_losses():
         loss_cls, features = loss(purified)
-        return loss_cls, mmd_loss([features], domain)
+        return loss_cls, mmd_loss([features], 3)
 
     def purify_step():
         route_gradients(*both_losses(), lora + gates, gates, alpha=1)
@@ -128,6 +147,7 @@ def clipood(repeats: int) -> None:
     """The running average beside a training step: ViT-B-32, random weights, batch 36."""
     from clipood import BetaMovingAverage, margin_metric_softmax
 
+    print_operations("clipood", "clipood, published loop")
     logging.disable(logging.WARNING)  # open_clip: "No pretrained weights"
     torch.manual_seed(0)
     tower = open_clip.create_model("ViT-B-32").visual
@@ -167,6 +187,7 @@ def vit_diverse(repeats: int) -> None:
     """The regulariser in one call against one for every head; all subsets of 4 and 12 heads."""
     from vit_diverse import DiverseViT, select_heads
 
+    print_operations("vit_diverse")
     for heads in (4, 12):
         torch.manual_seed(0)
         model = DiverseViT((64, 32), 4, 2, dim=64, depth=6, heads=heads, mlp_dim=128)
@@ -240,6 +261,7 @@ def ldfs(repeats: int) -> None:
     """Directions of a batch at once against a loop over its samples, as in LADS' code."""
     from ldfs import local_direction_loss
 
+    print_operations("ldfs, features")
     torch.manual_seed(0)
     features, source, target, mapped = F.normalize(torch.randn(4, 256, 512), dim=-1)
     mapped = mapped.clone().requires_grad_()
@@ -301,12 +323,145 @@ def epoch(batches) -> None:
         next(batches)
 
 
+# ---------- On a GPU -----------------------------------------------------------------------------
+# dense products in half precision, 1e12 operations a second, as the vendor states
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312}
+PEAKS |= {"L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65}
+PEAKS |= {"RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
+
+
+def peak_of(gpu: str) -> float | None:
+    """Operations a second that a GPU can do, by its name."""
+    for name, peak in PEAKS.items():
+        if name in gpu:
+            return peak * 1e12
+    print(f"no peak is known of {gpu!r}: add it to PEAKS, else there is no utilisation")
+    return None
+
+
+class OnGPU:
+    """Seconds and bytes of a step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.is_gpu = device, device.type == "cuda"
+
+    def seconds(self, step, repeats: int) -> float:
+        """The median, after three to warm up."""
+        taken = []
+        for _ in range(3 + repeats):
+            self.wait()
+            start = time.perf_counter()
+            step()
+            self.wait()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken[3:])
+
+    def wait(self) -> None:
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def forget_peak(self) -> None:
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.is_gpu else None
+
+
+def measure(tower, size: int, device, options: str, repeats: int, peak, half=torch.float16) -> list:
+    """A row for each step of training_steps.py, eager and compiled, on batches of a size."""
+    from training_steps import STEPS, make_batch, published_loop
+
+    on_gpu, batch, rows = OnGPU(device), make_batch(tower, size, device=device), []
+    for name, (make, compared_with) in STEPS.items():
+        step = operations = None
+        for compiled in (False, True):
+            if compiled and make is published_loop or name.startswith("ldfs") and compiled:
+                continue
+            own = options + " --compile" * compiled
+            extra = {"half": half} if make is published_loop else {}
+            step = None  # its memory is free
+            on_gpu.forget_peak()
+            try:
+                step = make(tower, batch, own, **extra)
+                seconds = on_gpu.seconds(step, repeats)
+            except torch.OutOfMemoryError:
+                print(f"{name}, batch {size}: out of memory")
+                continue
+            row = {"step": name, "batch": size, "compiled": compiled, "seconds": seconds}
+            row |= {"images/s": size / seconds, "peak bytes": on_gpu.peak_bytes()}
+            if not compiled:
+                with FlopCounterMode(display=False) as counter:
+                    step()
+                operations = counter.get_total_flops()  # a graph would hide them
+            known = peak and operations
+            row["utilisation"] = operations / seconds / peak if known else None
+            rows.append(row | {"compared with": compared_with})
+    add_ratios(rows)
+    return rows
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """Of each step's seconds to those of the step it is compared with, eager or compiled alike."""
+    seconds = {(row["step"], row["compiled"]): row["seconds"] for row in rows}
+    for row in rows:
+        other = seconds.get((row["compared with"], row["compiled"]))
+        row["ratio"] = other and row["seconds"] / other
+
+
+def print_speeds(rows: list[dict]) -> None:
+    head = "step", "batch", "images/s", "of its other", "utilisation", "GB"
+    print("{:32}{:>7}{:>10}{:>14}{:>13}{:>7}".format(*head))
+    for row in rows:
+        name = row["step"] + ", compiled" * row["compiled"]
+        numbers = row["ratio"], row["utilisation"], row["peak bytes"] and row["peak bytes"] / 1e9
+        ratio, used, memory = ("-" if n is None else f"{n:.2f}" for n in numbers)
+        print(f"{name:32}{row['batch']:7}{row['images/s']:10.0f}{ratio:>14}{used:>13}{memory:>7}")
+
+
+def gpu(repeats: int) -> None:
+    """Training steps of all methods with ViT-B/16, random weights, images made on the GPU."""
+    import common
+
+    if not torch.cuda.is_available():
+        raise common.InputError("--gpu: PyTorch sees no GPU here")
+    logging.disable(logging.WARNING)  # open_clip: "No pretrained weights"
+    tower = open_clip.create_model("ViT-B-16").visual.to("cuda")
+    precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    name = torch.cuda.get_device_name()
+    compare_speeds(tower, (36, 256), torch.device("cuda"), name, precision, repeats)
+
+
+def compare_speeds(tower, sizes, device, name: str, precision: str, repeats: int, **more) -> None:
+    """Steps on batches of some sizes, printed and written."""
+    from common import slug, write_json
+
+    peak, rows = peak_of(name), []
+    for size in sizes:
+        options = f"--device {device} --precision {precision}"
+        rows += measure(tower, size, device, options, repeats, peak, **more)
+    print_speeds(rows)
+    found = {"device": name, "torch": torch.__version__, "precision": precision, "rows": rows}
+    file = Path("results", f"speed-{slug(name)}.json")
+    write_json(file, found)
+    print(f"written to {file}")
+
+
 if __name__ == "__main__":
     ways = {"headpurify": headpurify, "clipood": clipood, "vit_diverse": vit_diverse, "ldfs": ldfs}
     ways["reading"] = reading
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("method", choices=ways)
+    parser.add_argument("method", choices=ways, nargs="?")
+    parser.add_argument("--gpu", action="store_true", help="training steps on a GPU")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
-    ways[args.method](args.repeats)
+    if args.gpu == bool(args.method):
+        parser.error(f"give a method, {', '.join(ways)}, or --gpu")
+    if args.gpu:
+        from common import command
+
+        command(functools.partial(gpu, args.repeats))
+    else:
+        ways[args.method](args.repeats)
