@@ -109,7 +109,7 @@ COMMON_SETTINGS = [
 ]
 
 
-CACHE = "train on images of a shorter side of at most 256, kept in DATA_ROOT/.cache: read once"
+CACHE = "train on images resized once, shorter side 256 or as it is, kept in DATA_ROOT/.cache"
 PROFILE = f"print every {EVERY} steps: images/s, share of time waiting for data, GPU memory"
 SPEED = [  # of scripts that train a tower; not given is None, as above
     ("cache", bool, None, None, CACHE),
