@@ -54,8 +54,8 @@ class Block(nn.Module):
     def forward(self, x):
         B, N, _ = x.shape
         qkv = self.qkv(self.norm(x))  # (B, N, 3 H d)
-        qkv = qkv.view(B, N, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+        qkv = qkv.view(B, N, 3, self.heads, -1).unbind(2)  # at once: no copy backwards
+        q, k, v = [part.transpose(1, 2) for part in qkv]  # each (B, H, N, d)
         heads = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, d)
         tokens = heads.transpose(1, 2).flatten(2)  # (B, N, H d)
         x = x + self.out(tokens)
