@@ -72,7 +72,7 @@ from assets.parallel import replica as replica
 from assets.pictures import plot_heat as plot_heat
 from assets.pictures import plot_images as plot_images
 from assets.pictures import plot_panels as plot_panels
-from assets.profile import profile as profile
+from assets.profiling import profile as profile
 from assets.prompts import CoCoOp as CoCoOp
 from assets.prompts import CoOp as CoOp
 from assets.prompts import PromptClassifier as PromptClassifier

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from assets import parallel
-from assets.profile import profile
+from assets.profiling import profile
 from assets.tiny_world import InputError
 
 

@@ -20,7 +20,7 @@ import torch
 
 from assets import parallel
 from assets.graphs import check_compiler
-from assets.profile import EVERY, profile
+from assets.profiling import EVERY, profile
 from assets.tiny_world import InputError
 
 

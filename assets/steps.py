@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from assets.profile import profile
+from assets.profiling import profile
 from assets.tiny_world import InputError
 
 EVERY = 50  # steps between two looks at a GPU's numbers: each look waits for all it was told to do
