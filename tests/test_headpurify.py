@@ -480,9 +480,9 @@ def test_a_killed_run_continues_to_the_same_bytes(
     def kill(*_, **numbers):
         raise Killed
 
-    def no_lora(clip, class_features, task, row, seed):
+    def no_lora(clip, class_features, task, row, *more):
         assert row.name != "lora"
-        return train(clip, class_features, task, row, seed)
+        return train(clip, class_features, task, row, *more)
 
     monkeypatch.setattr(common.Run, "add", kill_after_lora)
     with pytest.raises(Killed):
