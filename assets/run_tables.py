@@ -3,9 +3,9 @@
 python common.py table                         # of all runs in runs/
 python common.py table runs/clipood elsewhere  # of all runs in these folders
 
-Numbers are means ± deviations over seeds, an average is over seeds that have all targets. Only runs
-with the same settings are put together: where some differ, their rows are numbered, and it is said
-below the table in what.
+Numbers are means ± deviations over seeds, an average is over seeds that have all targets. Only
+runs with the same settings are put together: where some differ, their rows are numbered, and it is
+said below the table in what.
 """
 
 from __future__ import annotations

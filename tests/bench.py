@@ -92,6 +92,24 @@ def headpurify(repeats: int) -> None:
         torch.manual_seed(0)
         clip = common.load_clip("tiny").model if name == "tiny" else open_clip.create_model(name)
         bench_purification(name, clip.visual, repeats)
+    print_activations(open_clip.create_model("ViT-B-16").visual)
+
+
+def print_activations(tower, batch: int = 36) -> None:
+    """What a pass under bf16 autocast, as on a GPU, keeps for its gradient."""
+    from headpurify import purify
+
+    images = torch.randn(batch, 3, *tower.image_size)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            return tower(images)
+
+    kept = {"full": saved_bytes(forward, tower.parameters())}
+    purify(tower)
+    kept["purified"] = saved_bytes(forward, tower.parameters())
+    found = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in kept.items())
+    print(f"ViT-B-16: activations of {batch} images in bf16: {found}")
 
 
 def bench_purification(name: str, clip, repeats: int) -> None:

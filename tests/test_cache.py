@@ -14,7 +14,6 @@ from PIL import Image
 import clipood
 import common
 import headpurify
-import vit_diverse
 from assets import cache, stop
 
 RNG = np.random.default_rng(0)
@@ -172,17 +171,3 @@ def test_scripts_train_from_it_and_test_from_files(
     assert "other settings (cache True, now None)" in error
     error = call_main(script.main, f"{line} --modes zero-shot --cache")
     assert error.startswith("error: --cache has no effect on any row: zero-shot")
-
-
-@pytest.mark.parametrize(
-    "script, dataset",
-    [
-        (headpurify, "tiny-pacs"),
-        (clipood, "tiny-office"),
-        (vit_diverse, "tiny-waterbirds"),
-        (vit_diverse, "mnist-cifar"),
-    ],
-)
-def test_it_is_refused_where_no_file_is_read(script, dataset, call_main):
-    error = call_main(script.main, f"--dataset {dataset} --cache")
-    assert error.startswith("error: --cache") and f"no effect on {dataset}" in error

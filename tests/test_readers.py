@@ -467,19 +467,21 @@ def test_vit_diverse_leaves_broken_images_out(call_main, birds):
     assert "--cache: waterbirds: 2 images" in output
 
 
-@pytest.mark.parametrize(
-    "script, dataset",
-    [
-        (headpurify, "tiny-pacs"),
-        (clipood, "tiny-office"),
-        (ldfs, "tiny-waterbirds"),
-        (vit_diverse, "tiny-waterbirds"),
-        (vit_diverse, "mnist-cifar"),
-    ],
-)
-def test_skip_broken_is_refused_where_no_file_is_read(script, dataset, call_main):
-    error = call_main(script.main, f"--dataset {dataset} --skip-broken")
-    assert error.startswith("error: --skip-broken") and f"no effect on {dataset}" in error
+NO_FILES = [
+    (headpurify, "tiny-pacs"),
+    (clipood, "tiny-office"),
+    (ldfs, "tiny-waterbirds"),
+    (vit_diverse, "tiny-waterbirds"),
+    (vit_diverse, "mnist-cifar"),
+]
+OF_FILES = [("--skip-broken", *case) for case in NO_FILES]
+OF_FILES += [("--cache", *case) for case in NO_FILES if case[0] is not ldfs]  # which has none
+
+
+@pytest.mark.parametrize("flag, script, dataset", OF_FILES)
+def test_flags_of_files_are_refused_where_no_file_is_read(flag, script, dataset, call_main):
+    error = call_main(script.main, f"--dataset {dataset} {flag}")
+    assert error.startswith(f"error: {flag}") and f"no effect on {dataset}" in error
     assert len(error.splitlines()) == 1
 
 
