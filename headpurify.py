@@ -31,7 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import common
-from assets.head_study import report_heads, what_heads_carry, without_each
+from assets.head_study import answers_without_each, gains, report_heads, what_heads_carry
 from assets.heads import cls_attention, drop_curve, greedy_order, head_importance, head_places
 
 
@@ -460,11 +460,14 @@ def study_heads(clip, class_features, task, row, gates, seed: int) -> dict:
     def distance(features, sources):
         return mmd_loss([features], sources, row.bandwidths).item()
 
-    def measure(visual):
-        return validate(visual, class_features, task, row)
-
     found, mean = what_heads_carry(clip.visual, domains, seed, outputs, distance)
-    found |= without_each(clip.visual, mean, measure)
+    classify = common.clip_classifier(clip.visual, class_features, row.precision)
+    answers = answers_without_each(clip.visual, mean, classify)
+    for test in ("hold-out", "target"):
+        right = []
+        for images in task.tests[test].values():
+            right.append(outputs(answers, images) == images.labels[:, None])
+        found[f"without it, {test}"] = gains(torch.cat(right), gates.shape)
     return {**found, "gate": gates.tolist()}
 
 

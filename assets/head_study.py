@@ -14,7 +14,6 @@ and then how these go together over the heads, by rank correlation. Nothing here
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -22,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from assets.heads import attention_inputs, head_grid, output_rows, silence
+from assets.heads import ablated, attention_inputs, contribution, head_grid
 from assets.pictures import plot_heat, plot_heats
 from assets.report import format_table
+from assets.stop import stop_if_asked
 
 MOST = 400  # images of a domain that probes and MMD look at
 CENTERS = {"without it, hold-out": 0, "without it, target": 0, "gate": 1}  # white in pictures
@@ -46,21 +46,6 @@ def head_outputs(visual: nn.Module, images) -> torch.Tensor:
         at_cls, mean = tokens[:, :, 0], tokens.mean(2)
         outputs.append(torch.stack([at_cls, mean], 2))
     return torch.stack(outputs, 1)
-
-
-def contribution(visual: nn.Module, layer: int, head: int, output) -> torch.Tensor:
-    """What a head adds to a token, output (..., d) times its rows of W_o: (..., D)."""
-    return output @ output_rows(visual, layer)[:, head].T
-
-
-@torch.no_grad()
-def mean_ablated(visual: nn.Module, layer: int, head: int, mean) -> nn.Module:
-    """A copy of a tower in which a head says `mean`, (d,), whatever it sees."""
-    without = copy.deepcopy(visual)
-    attention = without.transformer.resblocks[layer].attn
-    attention.out_proj.bias += contribution(visual, layer, head, mean)
-    silence(without, layer, head)
-    return without
 
 
 def probe_accuracy(x, y, fitted, ridge: float = 1e-3) -> float:
@@ -136,18 +121,31 @@ def what_is_asked(sample: list) -> dict[str, torch.Tensor]:
     return {what: torch.cat(values) for what, values in labels.items()}
 
 
-def without_each(visual: nn.Module, mean, measure: Callable) -> dict[str, list]:
-    """What accuracies gain without each head, {"without it, TEST": (layers, heads)}. mean: (layers,
-    heads, d), what it says instead; measure(visual): {test: accuracy}."""
-    with_all = measure(visual)
-    found = {f"without it, {test}": np.zeros(head_grid(visual)) for test in with_all}
-    for layer, head in np.ndindex(head_grid(visual)):
-        own_mean = mean[layer, head].to(visual.proj.device)
-        without = mean_ablated(visual, layer, head, own_mean)
-        accuracies = measure(without)
-        for test, accuracy in accuracies.items():
-            found[f"without it, {test}"][layer, head] = accuracy - with_all[test]
-    return {name: values.tolist() for name, values in found.items()}
+def answers_without_each(visual: nn.Module, mean, classify: Callable) -> Callable:
+    """A function: images (B, 3, h, w) -> (B, 1 + layers * heads), the class that a tower sees with
+    all its heads, and without each: an image is read once for all of them.
+
+    Args: mean (layers, heads, d), what a head says instead; classify(images), scores (B, C) by
+    `visual`.
+    """
+    mean = mean.to(visual.proj.device)
+
+    def answers(images):
+        found = [classify(images).argmax(1)]
+        for layer, head in np.ndindex(head_grid(visual)):
+            stop_if_asked()
+            with ablated(visual, layer, head, mean[layer, head]):
+                found.append(classify(images).argmax(1))
+        return torch.stack(found, 1)
+
+    return answers
+
+
+def gains(right: torch.Tensor, grid: tuple[int, int]) -> list:
+    """What an accuracy gains without each head, (layers, heads), of whether answers (N, 1 + layers
+    * heads) were right."""
+    accuracies = right.double().mean(0)
+    return (accuracies[1:] - accuracies[0]).unflatten(0, grid).tolist()
 
 
 # ---------- How measures go together -------------------------------------------------------------

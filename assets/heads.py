@@ -5,6 +5,7 @@ A head is named LAYER.HEAD, from 1.1 on. Nothing here trains.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -47,6 +48,27 @@ def silence(visual: nn.Module, layer: int, head: int) -> None:
     output_rows(visual, layer)[:, head] = 0
 
 
+def contribution(visual: nn.Module, layer: int, head: int, output) -> torch.Tensor:
+    """What a head adds to a token, output (..., d) times its rows of W_o: (..., D)."""
+    return output @ output_rows(visual, layer)[:, head].T
+
+
+@contextlib.contextmanager
+def ablated(visual: nn.Module, layer: int, head: int, mean=None):
+    """Inside the block a head says `mean`, (d,), whatever it sees; by default nothing."""
+    projection = visual.transformer.resblocks[layer].attn.out_proj
+    own = projection.weight.detach(), projection.bias.detach()
+    before = [values.clone() for values in own]
+    if mean is not None:
+        projection.bias.detach().add_(contribution(visual, layer, head, mean))
+    silence(visual, layer, head)
+    try:
+        yield
+    finally:
+        for values, kept in zip(own, before):
+            values.copy_(kept)
+
+
 @torch.no_grad()
 def loss_of(visual: nn.Module, class_features, logit_scale: float, images, labels) -> float:
     """Cross-entropy of images (B, 3, h, w) against class features (C, D)."""
@@ -61,9 +83,8 @@ def head_importance(visual: nn.Module, *data) -> torch.Tensor:
     grid = head_grid(visual)
     importance = torch.full(grid, -loss_of(visual, *data))
     for layer, head in np.ndindex(grid):
-        without = copy.deepcopy(visual)
-        silence(without, layer, head)
-        importance[layer, head] += loss_of(without, *data)
+        with ablated(visual, layer, head):
+            importance[layer, head] += loss_of(visual, *data)
     return importance
 
 
@@ -76,9 +97,8 @@ def greedy_order(visual: nn.Module, count: int, *data) -> torch.Tensor:
     for _ in range(count):
         losses = []
         for layer, head in left:
-            without = copy.deepcopy(visual)
-            silence(without, layer, head)
-            losses.append(loss_of(without, *data))
+            with ablated(visual, layer, head):
+                losses.append(loss_of(visual, *data))
         layer, head = left.pop(int(np.argmin(losses)))
         silence(visual, layer, head)
         order.append(layer * head_grid(visual)[1] + head)

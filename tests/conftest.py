@@ -65,6 +65,15 @@ def call_main(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def small_world(monkeypatch):
+    """tiny-pacs with 5 training and 4 balanced images of a class and domain."""
+    import common
+
+    classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
+    monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (classes, 5, 4))
+
+
 class Settled(Exception):
     """Stops a script's `main` where its settings are complete."""
 

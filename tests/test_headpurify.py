@@ -40,13 +40,6 @@ def randomize(layers):
             parameter.data += 0.3 * noise
 
 
-@pytest.fixture
-def small_world(monkeypatch):
-    """tiny-pacs with 10 training and 8 balanced images of a class and domain."""
-    classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
-    monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (classes, 10, 8))
-
-
 # ---------- Purified attention -------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["tiny", "12 heads"])
 def test_purified_starts_as_the_pretrained_tower(name):
@@ -460,7 +453,7 @@ class Killed(BaseException):
 def small_samples(monkeypatch):
     """What heads are worth is looked up on a few images."""
     sample = headpurify.source_sample
-    monkeypatch.setattr(headpurify, "source_sample", lambda *rest: sample(*rest[:-1], 4))
+    monkeypatch.setattr(headpurify, "source_sample", lambda *rest: sample(*rest[:-1], 2))
 
 
 @pytest.mark.slow
@@ -509,7 +502,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
 
 def test_study_writes_tables_and_figures(call_main, small_world, tmp_path):
     """Every row of a study goes through one training; what L_MMD reaches changes what is learnt."""
-    arguments = "--study mmd-target --epochs 1 --batch-size 28 --lr 0.03 --gate-lr 0.5"
+    arguments = "--study mmd-target --epochs 1 --batch-size 14 --lr 0.03 --gate-lr 0.5"
     out = call_main(headpurify.main, arguments)
     rows = headpurify.STUDIES["mmd-target"]
     record = record_of(tmp_path)
@@ -588,7 +581,7 @@ def test_a_training_that_was_cut_off_goes_on_exactly(call_main, small_world, tmp
 
     With other processes that read, and augmented files, see test_clipood.py.
     """
-    line = "--modes zero-shot ha-lora+dig --epochs 3 --batch-size 14"
+    line = "--modes zero-shot ha-lora+dig --epochs 3 --batch-size 7"
     call_main(headpurify.main, f"{line} --output quiet")
     own, calls = common.Steps.take, []
 

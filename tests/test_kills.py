@@ -229,6 +229,7 @@ def test_all_processes_of_a_terminal_get_its_signal(start, whole, tmp_path):
         assert "the last checkpoint" in lines[-1], lines
 
 
+@pytest.mark.slow
 def test_a_command_as_it_stands(tmp_path):
     """SIGTERM in a shell: the row that is finished is kept."""
     line = [sys.executable, ROOT / "headpurify.py", "--modes", "zero-shot", "lora"]

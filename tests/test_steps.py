@@ -111,7 +111,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.fixture
 def few_images(monkeypatch):
     classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
-    monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (classes, 10, 2))
+    monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (classes, 5, 2))
     draw = functools.partial(common.draw_digits_and_vehicles, sizes=(400, 20, 20))
     monkeypatch.setattr(common, "draw_digits_and_vehicles", draw)
 

@@ -141,7 +141,10 @@ def fresh_images(domain, rng, transform):
     return images.transformed(transform)
 
 
-@pytest.mark.parametrize("name", ["tiny", f"local-dir:{common.ASSETS / 'tiny_clip_16_heads'}"])
+OTHER_CLIP = f"local-dir:{common.ASSETS / 'tiny_clip_16_heads'}"
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param(OTHER_CLIP, marks=pytest.mark.slow)])
 def test_tiny_clip_recognises_fresh_images_and_has_a_domain_gap(name):
     """The bounds the shipped models were made for."""
     clip = common.load_clip(name)
