@@ -465,9 +465,11 @@ def few_shot(images: ImageSet, shots: int, seed: int, none_ok=False) -> ImageSet
     Raises: InputError for a class without images, unless `none_ok`.
     """
     rng = tiny_rng(seed, "few shots")
+    labels = images.labels.numpy()
+    by_class = np.argsort(labels, kind="stable")
+    ends = np.bincount(labels, minlength=len(images.classes)).cumsum()
     chosen = []
-    for label, name in enumerate(images.classes):
-        own = np.flatnonzero(images.labels == label)
+    for name, own in zip(images.classes, np.split(by_class, ends)):
         if not len(own) and not none_ok:
             raise InputError(f"there is no image of class {name!r} to draw {shots} shots from")
         if len(own) < shots:
