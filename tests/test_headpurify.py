@@ -526,6 +526,7 @@ def test_study_writes_tables_and_figures(call_main, small_world, tmp_path):
     assert "other settings" in error and "alpha" in error
 
 
+@pytest.mark.slow
 def test_drop_heads(call_main, small_world, small_samples, tmp_path):
     """Every order starts at the undisturbed model, and stops also where the hand stopped."""
     out = call_main(headpurify.main, "--study drop-heads --epochs 1 --batch-size 40 --drop 6.2 1.1")

@@ -172,7 +172,15 @@ def wait_for_path(pattern: str, folder) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("script, name", list(zip(SCRIPTS, ["SIGTERM", "SIGINT"] * 2)))
+@pytest.mark.parametrize(
+    "script, name",
+    [
+        pytest.param("headpurify", "SIGTERM", marks=pytest.mark.slow),
+        ("clipood", "SIGINT"),
+        pytest.param("ldfs", "SIGTERM", marks=pytest.mark.slow),
+        ("vit_diverse", "SIGINT"),
+    ],
+)
 def test_a_signal_keeps_what_is_finished_and_the_rest_follows(script, name, start, whole, tmp_path):
     expected, _ = whole(script)
     process = start(script, "")
