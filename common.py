@@ -469,7 +469,7 @@ def few_shot(images: ImageSet, shots: int, seed: int, none_ok=False) -> ImageSet
     by_class = np.argsort(labels, kind="stable")
     ends = np.bincount(labels, minlength=len(images.classes)).cumsum()
     chosen = []
-    for name, own in zip(images.classes, np.split(by_class, ends)):
+    for name, own in zip(images.classes, np.split(by_class, ends[:-1])):
         if not len(own) and not none_ok:
             raise InputError(f"there is no image of class {name!r} to draw {shots} shots from")
         if len(own) < shots:

@@ -56,17 +56,17 @@ def contribution(visual: nn.Module, layer: int, head: int, output) -> torch.Tens
 @contextlib.contextmanager
 def ablated(visual: nn.Module, layer: int, head: int, mean=None):
     """Inside the block a head says `mean`, (d,), whatever it sees; by default nothing."""
-    projection = visual.transformer.resblocks[layer].attn.out_proj
-    own = projection.weight.detach(), projection.bias.detach()
-    before = [values.clone() for values in own]
+    rows = output_rows(visual, layer)[:, head]  # (D, d), a view
+    bias = visual.transformer.resblocks[layer].attn.out_proj.bias.detach()
+    rows_before, bias_before = rows.clone(), bias.clone()
     if mean is not None:
-        projection.bias.detach().add_(contribution(visual, layer, head, mean))
+        bias += contribution(visual, layer, head, mean)
     silence(visual, layer, head)
     try:
         yield
     finally:
-        for values, kept in zip(own, before):
-            values.copy_(kept)
+        rows.copy_(rows_before)
+        bias.copy_(bias_before)
 
 
 @torch.no_grad()

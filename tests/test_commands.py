@@ -102,27 +102,34 @@ def damage(tree, how):
         shutil.rmtree(pacs / "sketch")
 
 
+LORA = "--dataset pacs --data-root {} --model tiny --epochs 1 --batch-size 8 --modes lora"
+
+
 @pytest.mark.parametrize(
-    "how, workers, words",
+    "how, words",
     [
-        ("class missing", 0, ("cartoon", "guitar")),
-        ("class empty", 0, ("photo", "horse", "no image")),
-        ("truncated", 0, ("cannot read image", "photo/dog/pic_00")),
-        ("truncated", 1, ("cannot read image", "photo/dog/pic_00")),  # said in another process
-        ("no classes", 0, ("art_painting", "no class folders")),
-        ("domain missing", 0, ("no domain folder 'sketch'",)),
+        ("class missing", ("cartoon", "guitar")),
+        ("class empty", ("photo", "horse", "no image")),
+        ("truncated", ("cannot read image", "photo/dog/pic_00")),
+        ("no classes", ("art_painting", "no class folders")),
+        ("domain missing", ("no domain folder 'sketch'",)),
     ],
 )
-def test_damaged_folder_is_one_clear_error(call_main, pacs_tree, tmp_path, how, workers, words):
+def test_damaged_folder_is_one_clear_error(call_main, pacs_tree, tmp_path, how, words):
     damage(pacs_tree, how)
-    error = call_main(
-        headpurify.main,
-        f"--dataset pacs --data-root {pacs_tree} --model tiny --epochs 1 --batch-size 8 "
-        f"--workers {workers} --modes lora",
-    )
+    error = call_main(headpurify.main, LORA.format(pacs_tree) + " --workers 0")
     assert error.startswith("error: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_another_process_cannot_read_is_one_clear_error(checkout, pacs_tree):
+    damage(pacs_tree, "truncated")
+    done = call(f"headpurify.py {LORA.format(pacs_tree)} --workers 1", checkout)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "cannot read image" in done.stderr and "photo/dog/pic_00" in done.stderr
+    assert not (checkout / "runs").exists()
 
 
 @pytest.mark.slow

@@ -68,10 +68,9 @@ def test_an_ablated_head_says_the_same_whatever_it_sees(visual, images):
 def test_gains_are_those_of_towers_with_a_head_less(visual, small_world):
     """Three heads of different layers, each in a copy of its own, tested as any tower is."""
     domain = common.load_domains("tiny-pacs", seed=1000)[0].balanced
-    pixels = domain.subset(range(0, len(domain), 4)).transformed(
-        common.load_clip("tiny").preprocess
-    )
-    class_features = common.load_clip("tiny").class_features(pixels.classes)
+    clip = common.load_clip("tiny")
+    pixels = domain.transformed(clip.preprocess)
+    class_features = clip.class_features(pixels.classes)
     mean = torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1))
     classify = common.clip_classifier(visual, class_features)
     answers = head_study.answers_without_each(visual, mean, classify)
