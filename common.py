@@ -6,7 +6,7 @@
 4. MMD          `mmd2`
 5. Evaluation   `evaluate`, `outputs`
 
-What any command needs comes from modules in assets/, and is called `common.X` like the rest:
+What any command needs comes from modules in support/, and is called `common.X` like the rest:
 settings.py (flags; rows with settings of their own), batches.py (`SourceBatches`, of all source
 domains alike), steps.py (`Steps` of an optimizer, watched), graphs.py (`compiled` towers),
 parallel.py (several processes as one), runs.py (`open_run`: a folder that appears when it is
@@ -20,7 +20,7 @@ number}}, "extra"}. A measure is a name and a number in [0, 1]; `target/photo`: 
 `python common.py data` lists all data sets: which are there, and where. `python common.py table`
 makes one table a data set of all runs.
 
-A method file imports this file and libraries, never another method file; `assets/` never imports
+A method file imports this file and libraries, never another method file; `support/` never imports
 this file.
 """
 
@@ -45,90 +45,90 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from assets import parallel
-from assets.batches import SourceBatches as SourceBatches
-from assets.batches import as_is
-from assets.batches import check_batch_sizes as check_batch_sizes
-from assets.benchmarks import (
+from support import ASSETS as ASSETS
+from support import InputError, parallel
+from support.batches import SourceBatches as SourceBatches
+from support.batches import as_is
+from support.batches import check_batch_sizes as check_batch_sizes
+from support.benchmarks import (
     DATASETS,
     load_mnist_cifar,
     read_dataset,
     read_own_folders,
 )
-from assets.cache import Cache, open_cache
-from assets.class_features import read_class_features as read_class_features
-from assets.command import command as command
-from assets.data_sets import main as list_data_sets
-from assets.files import replacing, write_json
-from assets.files import write_arrays as write_arrays
-from assets.files import write_tensors as write_tensors
-from assets.graphs import compiled as compiled
-from assets.images import Augment, leave_out_broken
-from assets.images import read_image as read_image
-from assets.parallel import average_gradients as average_gradients
-from assets.parallel import gathered as gathered
-from assets.parallel import mean_of_processes as mean_of_processes
-from assets.parallel import replica as replica
-from assets.pictures import plot_heat as plot_heat
-from assets.pictures import plot_images as plot_images
-from assets.pictures import plot_panels as plot_panels
-from assets.profiling import profile as profile
-from assets.prompts import CoCoOp as CoCoOp
-from assets.prompts import CoOp as CoOp
-from assets.prompts import PromptClassifier as PromptClassifier
-from assets.prompts import encode_all
-from assets.prompts import encode_prompts as encode_prompts
-from assets.prompts import first_word as first_word
-from assets.report import closing_line as closing_line
-from assets.report import format_table as format_table
-from assets.report import gain as gain
-from assets.report import measures_of as measures_of
-from assets.report import paired as paired
-from assets.report import percent as percent
-from assets.report import plot_curves as plot_curves
-from assets.report import report as report
-from assets.report import seed_means as seed_means
-from assets.report import table as table
-from assets.report import target_table as target_table
-from assets.report import value_table as value_table
-from assets.run_tables import main as table_runs
-from assets.runs import Run as Run
-from assets.runs import open_run as open_run
-from assets.settings import ONE_PLACE as ONE_PLACE
-from assets.settings import SPEED as SPEED
-from assets.settings import TARGET as TARGET
-from assets.settings import TEMPLATES as TEMPLATES
-from assets.settings import Method as Method
-from assets.settings import at_least as at_least
-from assets.settings import cache_folder as cache_folder
-from assets.settings import did_you_mean as did_you_mean
-from assets.settings import flags as flags
-from assets.settings import has_one_place as has_one_place
-from assets.settings import positive as positive
-from assets.settings import prompt_template as prompt_template
-from assets.settings import settle as settle
-from assets.settings import share as share
-from assets.settings import slug as slug
-from assets.steps import Steps as Steps
-from assets.stop import stop_if_asked
-from assets.stop import was_asked as was_asked
-from assets.tiny_words import FILE as MERGES
-from assets.tiny_words import TinyTokenizer, tokenizer_of
-from assets.tiny_world import (
+from support.cache import Cache, open_cache
+from support.class_features import read_class_features as read_class_features
+from support.command import command as command
+from support.data_sets import main as list_data_sets
+from support.files import replacing, write_json
+from support.files import write_arrays as write_arrays
+from support.files import write_tensors as write_tensors
+from support.graphs import compiled as compiled
+from support.images import Augment, leave_out_broken
+from support.images import read_image as read_image
+from support.parallel import average_gradients as average_gradients
+from support.parallel import gathered as gathered
+from support.parallel import mean_of_processes as mean_of_processes
+from support.parallel import replica as replica
+from support.pictures import plot_heat as plot_heat
+from support.pictures import plot_images as plot_images
+from support.pictures import plot_panels as plot_panels
+from support.profiling import profile as profile
+from support.prompts import CoCoOp as CoCoOp
+from support.prompts import CoOp as CoOp
+from support.prompts import PromptClassifier as PromptClassifier
+from support.prompts import encode_all
+from support.prompts import encode_prompts as encode_prompts
+from support.prompts import first_word as first_word
+from support.report import closing_line as closing_line
+from support.report import format_table as format_table
+from support.report import gain as gain
+from support.report import measures_of as measures_of
+from support.report import paired as paired
+from support.report import percent as percent
+from support.report import plot_curves as plot_curves
+from support.report import report as report
+from support.report import seed_means as seed_means
+from support.report import table as table
+from support.report import target_table as target_table
+from support.report import value_table as value_table
+from support.run_tables import main as table_runs
+from support.runs import Run as Run
+from support.runs import open_run as open_run
+from support.settings import ONE_PLACE as ONE_PLACE
+from support.settings import SPEED as SPEED
+from support.settings import TARGET as TARGET
+from support.settings import TEMPLATES as TEMPLATES
+from support.settings import Method as Method
+from support.settings import at_least as at_least
+from support.settings import cache_folder as cache_folder
+from support.settings import did_you_mean as did_you_mean
+from support.settings import flags as flags
+from support.settings import has_one_place as has_one_place
+from support.settings import positive as positive
+from support.settings import prompt_template as prompt_template
+from support.settings import settle as settle
+from support.settings import share as share
+from support.settings import slug as slug
+from support.steps import Steps as Steps
+from support.stop import stop_if_asked
+from support.stop import was_asked as was_asked
+from support.tiny_words import FILE as MERGES
+from support.tiny_words import TinyTokenizer, tokenizer_of
+from support.tiny_world import (
     OFFICE_CLASSES,
     PACS_CLASSES,
     TINY_DOMAINS,
     VEHICLES,
     WATERBIRD_CLASSES,
-    InputError,
     WordTokenizer,
     draw_digits_and_vehicles,
     draw_domain,
     draw_waterbirds,
     unknown_words,
 )
-from assets.tiny_world import tiny_rng as tiny_rng
-from assets.weights import OFFLINE, hub_or_cache, why_not
+from support.tiny_world import tiny_rng as tiny_rng
+from support.weights import OFFLINE, hub_or_cache, why_not
 
 
 # ---------- 1. Images ----------------------------------------------------------------------------
@@ -545,8 +545,7 @@ def in_the_wild(domains, target: str) -> Task:
 
 
 # ---------- 3. CLIP ------------------------------------------------------------------------------
-ASSETS = Path(__file__).parent / "assets"
-TINY_CLIP = ASSETS / "tiny_clip"  # made by assets/pretrain_tiny_clip.py
+TINY_CLIP = ASSETS / "tiny_clip"  # made by support/pretrain_tiny_clip.py
 
 
 @dataclass

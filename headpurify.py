@@ -31,8 +31,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import common
-from assets.head_study import answers_without_each, gains, report_heads, what_heads_carry
-from assets.heads import cls_attention, drop_curve, greedy_order, head_importance, head_places
+from support.head_study import answers_without_each, gains, report_heads, what_heads_carry
+from support.heads import cls_attention, drop_curve, greedy_order, head_importance, head_places
 
 
 # ---------- Purified attention: HA-LoRA and DIG --------------------------------------------------
@@ -450,7 +450,7 @@ def drop_curves(clip, adapted, gates, class_features, task, row, seed: int) -> d
 
 
 def study_heads(clip, class_features, task, row, gates, seed: int) -> dict:
-    """What every head of CLIP carries, {measure: (layers, heads)}; see assets/head_study.py."""
+    """What every head of CLIP carries, {measure: (layers, heads)}; see support/head_study.py."""
     sources = task.tests.get("source", task.tests["hold-out"])
     domains = {**sources, **task.tests["target"]}
 

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from assets.adapters import Adapter, Probe, TipAdapter
-from assets.quality import nearest, synthesis_quality
-from assets.words import WATERBIRDS, WORDS, subjects, text_features
+from support.adapters import Adapter, Probe, TipAdapter
+from support.quality import nearest, synthesis_quality
+from support.words import WATERBIRDS, WORDS, subjects, text_features
 
 
 # ---------- Step 1: what a synthesised feature should be -----------------------------------------

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import common
-from assets.vit import Block, PatchEmbedding, take_apart, torchvision_vit
+from support.vit import Block, PatchEmbedding, take_apart, torchvision_vit
 
 
 # ---------- Diversity: orthogonal input gradients ------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from assets.report import average_records
+from support.report import average_records
 
 FOLDER = Path(__file__).resolve().parent
 MISSING = "not run yet"

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import headpurify
 import vit_diverse
-from assets import head_study
+from support import head_study
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ("README.md", "results/README.md")

@@ -37,7 +37,8 @@ def checkout(root, tmp_path):
     copy.mkdir()
     for file in (root / "README.md", *root.glob("*.py")):
         shutil.copy(file, copy)
-    shutil.copytree(root / "assets", copy / "assets")
+    for folder in ("assets", "support"):
+        shutil.copytree(root / folder, copy / folder)
     return copy
 
 
@@ -82,7 +83,7 @@ class Settled(Exception):
 def settings_of(monkeypatch):
     """The settings that a command runs with, without running it."""
     import common
-    from assets.command import command_lines
+    from support.command import command_lines
 
     settle = common.settle
 
@@ -118,7 +119,7 @@ def readme_script(root, command):
 @pytest.fixture
 def pacs_tree(tmp_path):
     """A PACS folder in the real layout: a few JPEGs per class and domain. Returns the data root."""
-    from assets import tiny_world
+    from support import tiny_world
 
     rng = tiny_world.tiny_rng(0, "pacs tree")
     names = np.repeat(tiny_world.PACS_CLASSES, 3)

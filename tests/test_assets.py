@@ -14,13 +14,13 @@ from PIL import Image
 
 @pytest.fixture
 def promptstyler(root, monkeypatch):
-    monkeypatch.syspath_prepend(root / "assets")  # as when it is run as a script
+    monkeypatch.syspath_prepend(root / "support")  # as when it is run as a script
     return importlib.import_module("promptstyler")
 
 
 @pytest.fixture
 def caption(root, monkeypatch):
-    monkeypatch.syspath_prepend(root / "assets")
+    monkeypatch.syspath_prepend(root / "support")
     return importlib.import_module("caption")
 
 
@@ -60,7 +60,7 @@ def test_promptstyler_stays_near_the_zero_shot_classifier(promptstyler):
 
 
 def test_promptstyler_says_what_is_wrong(root, tmp_path):
-    wrong = call([root / "assets" / "promptstyler.py", "--classes", "zebra"], tmp_path)
+    wrong = call([root / "support" / "promptstyler.py", "--classes", "zebra"], tmp_path)
     assert wrong.returncode == 2
     assert "does not know the word 'zebra'" in wrong.stderr
     assert "Traceback" not in wrong.stderr

@@ -14,7 +14,7 @@ from PIL import Image
 import clipood
 import common
 import headpurify
-from assets import cache, stop
+from support import cache, stop
 
 RNG = np.random.default_rng(0)
 SHAPES = [(400, 300), (300, 520), (256, 256), (90, 40), (700, 257)]  # (h, w)

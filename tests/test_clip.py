@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import common
-from assets import prompts
+from support import prompts
 
 
 # ---------- MMD ----------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from torch import nn
 
 import clipood
 import common
-from assets import tiny_world
 from clipood import (
     BetaMovingAverage,
     average_shares,
@@ -26,6 +25,7 @@ from clipood import (
     class_distances,
     margin_metric_softmax,
 )
+from support import tiny_world
 
 # ---------- Margin metric softmax ---------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from PIL import Image
 import clipood
 import common
 import headpurify
-from assets.command import command_lines, several, until_settled
-from assets.report import Elsewhere, average_records
+from support.command import command_lines, several, until_settled
+from support.report import Elsewhere, average_records
 
 
 @pytest.mark.slow

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from assets import data_sets
-from assets.benchmarks import DATASETS
-from assets.tiny_world import InputError
+from support import InputError, data_sets
+from support.benchmarks import DATASETS
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 import common
 import headpurify
-from assets import head_study, heads
+from support import head_study, heads
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from torch import nn
 
 import common
 import headpurify
-from assets import heads
 from headpurify import HeadPurifiedAttention, merge, purify
+from support import heads
 
 
 def small_clip(heads=12, width=48, layers=4):

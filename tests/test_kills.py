@@ -23,9 +23,9 @@ import torch
 from conftest import ROOT
 
 import common
-from assets import files, locks
-from assets.pictures import plot_panels
-from assets.tiny_world import draw_digits_and_vehicles
+from support import files, locks
+from support.pictures import plot_panels
+from support.tiny_world import draw_digits_and_vehicles
 
 SCRIPTS = {
     "headpurify": "--modes zero-shot lora ha-lora+dig --epochs 1 --batch-size 12",
@@ -257,7 +257,7 @@ def test_a_command_as_it_stands(tmp_path):
 def test_a_second_signal_stops_at_once(tmp_path):
     program = """
 import time
-from assets import stop
+from support import stop
 with stop.listening(), stop.in_steps():
     print("a long step", flush=True)
     time.sleep(60)

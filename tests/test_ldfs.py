@@ -18,9 +18,9 @@ from PIL import Image
 
 import common
 import ldfs
-from assets import adapters, tiny_world, words
-from assets.quality import synthesis_quality
 from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_loss, perturb_text
+from support import adapters, tiny_world, words
+from support.quality import synthesis_quality
 
 
 @pytest.fixture(autouse=True)

@@ -99,7 +99,7 @@ def test_all_start_alike(root):
 
 
 def code_in_files(root) -> str:
-    files = [*root.glob("*.py"), *(root / "assets").glob("*.py")]
+    files = [*root.glob("*.py"), *(root / "support").glob("*.py")]
     return "\n".join(file.read_text() for file in files)
 
 

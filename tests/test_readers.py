@@ -18,7 +18,7 @@ import common
 import headpurify
 import ldfs
 import vit_diverse
-from assets import images
+from support import images
 
 IMAGENET_SHIFTS = ["imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"]
 

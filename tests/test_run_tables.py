@@ -7,7 +7,7 @@ import pytest
 
 import common
 import headpurify
-from assets.tiny_world import InputError
+from support import InputError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import clipood
 import common
 import headpurify
 import vit_diverse
-from assets import graphs
+from support import graphs
 
 
 def as_it_is(function):

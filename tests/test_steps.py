@@ -13,7 +13,7 @@ import common
 import headpurify
 import ldfs
 import vit_diverse
-from assets import steps
+from support import steps
 
 
 # ---------- A queue ------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 
 import common
-from assets import pretrain_tiny_clip, tiny_words
-from assets.tiny_world import TINY_VOCABULARY
+from support import pretrain_tiny_clip, tiny_words
+from support.tiny_world import TINY_VOCABULARY
 
 
 @pytest.fixture

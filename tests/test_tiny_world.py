@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import common
-from assets import tiny_world
+from support import tiny_world
 
 BACKGROUNDS = list(tiny_world.BACKGROUNDS)
 COLORS = list(tiny_world.COLORS)

@@ -18,7 +18,7 @@ from torch import nn
 
 import common
 import vit_diverse
-from assets.tiny_world import draw_waterbirds
+from support.tiny_world import draw_waterbirds
 from vit_diverse import (
     DiverseViT,
     collect_heads,

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import common
-from assets import weights
-from assets.vit import torchvision_vit
+from support import weights
+from support.vit import torchvision_vit
 
 SCRIPTS = ("headpurify", "clipood", "ldfs", "vit_diverse")
 BIRDS = "--dataset tiny-waterbirds"

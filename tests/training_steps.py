@@ -22,7 +22,7 @@ import common
 import headpurify
 import ldfs
 import vit_diverse
-from assets import steps
+from support import steps
 
 SOURCES, SCALE = 4, 100.0  # domains of a batch; 1 / tau
 

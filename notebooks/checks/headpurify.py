@@ -11,8 +11,8 @@ import torch
 
 import common
 import headpurify
-from assets.heads import head_grid, head_importance, head_places, output_rows, silence
 from notebooks.classroom import Wrong, ask, exercise, expect
+from support.heads import head_grid, head_importance, head_places, output_rows, silence
 
 DROPPED = 4  # heads, in exercise 3
 DRAWS = 6  # of as many heads at random

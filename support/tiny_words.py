@@ -19,7 +19,8 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 
-from assets.tiny_world import InputError, WordTokenizer, refuse_unknown
+from support import InputError
+from support.tiny_world import WordTokenizer, refuse_unknown
 
 FILE = "merges.txt.gz"
 BYTES, SPECIAL = 2 * 256, 2  # tokens beside the merges: bytes, also at a word's end; start and end

@@ -1,6 +1,6 @@
 """PromptStyler: class features from style words that no image taught (Cho et al., ICCV 2023).
 
-    python assets/promptstyler.py --classes dog elephant giraffe guitar horse house person
+    python support/promptstyler.py --classes dog elephant giraffe guitar horse house person
     python headpurify.py --modes full/prompt=file --class-features styles.npy
 
 Words S_1 ... S_K are learned one after another, so that "a S_i style of a" means something new
@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.prompts import encode_all, encode_prompts, first_word, without_padding
-from assets.tiny_words import TinyTokenizer, tokenizer_of
-from assets.tiny_world import InputError, WordTokenizer
-from assets.weights import hub_or_cache, why_not
+from support import ASSETS, InputError
+from support.prompts import encode_all, encode_prompts, first_word, without_padding
+from support.tiny_words import TinyTokenizer, tokenizer_of
+from support.tiny_world import WordTokenizer
+from support.weights import hub_or_cache, why_not
 
-TINY_CLIP = Path(__file__).with_name("tiny_clip")
+TINY_CLIP = ASSETS / "tiny_clip"
 
 
 # ---------- Styles (Sec. 3.1, 3.2) ---------------------------------------------------------------

@@ -1,6 +1,6 @@
 """General pictures, written as PNG: lines or points, rows of a table, a heat map, images.
 
-They know nothing of runs or records: `assets/report.py` brings them numbers of both.
+They know nothing of runs or records: `support/report.py` brings them numbers of both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from assets.files import replacing
+from support.files import replacing
 
 
 def make_panels(rows: int, columns: int, width: float, height: float, **options) -> tuple:

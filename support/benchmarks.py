@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torchvision.datasets import CIFAR10, MNIST
 
-from assets.images import folders_in, images_below, images_by_class
-from assets.settings import slug
-from assets.tiny_world import (
+from support import ASSETS, InputError
+from support.images import folders_in, images_below, images_by_class
+from support.settings import slug
+from support.tiny_world import (
     SPURIOUS_SPLITS,
     WATERBIRD_CLASSES,
-    InputError,
     spurious_digits,
     tiny_rng,
 )
 
-DATASETS = json.loads(Path(__file__).with_name("datasets.json").read_text())
+DATASETS = json.loads((ASSETS / "datasets.json").read_text())
 PARTS = ("train", "val", "test")
 
 

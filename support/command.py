@@ -7,9 +7,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from assets import parallel, stop
-from assets.report import Elsewhere, report_average
-from assets.tiny_world import InputError
+from support import InputError, parallel, stop
+from support.report import Elsewhere, report_average
 
 
 def command(main: Callable) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from assets.tiny_world import InputError
+from support import InputError
 
 PARTIAL = ".partial-"  # starts the name of a file until it is complete
 

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 
-from assets import parallel
-from assets.graphs import check_compiler
-from assets.profiling import EVERY, profile
-from assets.tiny_world import InputError
+from support import InputError, parallel
+from support.graphs import check_compiler
+from support.profiling import EVERY, profile
 
 
 def did_you_mean(wrong: str, names) -> str:

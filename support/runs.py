@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-from assets import parallel, stop
-from assets.files import PARTIAL, write_json, write_tensors
-from assets.locks import locked
-from assets.settings import slug
-from assets.tiny_world import InputError
-from assets.weights import why_not
+from support import InputError, parallel, stop
+from support.files import PARTIAL, write_json, write_tensors
+from support.locks import locked
+from support.settings import slug
+from support.weights import why_not
 
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
     "data_root device workers output resume seeds target source summary figures download study "

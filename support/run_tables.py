@@ -14,9 +14,9 @@ import argparse
 import json
 from pathlib import Path
 
-from assets.report import format_table, main_measure, measures_of, percent, seed_means
-from assets.settings import slug
-from assets.tiny_world import InputError
+from support import InputError
+from support.report import format_table, main_measure, measures_of, percent, seed_means
+from support.settings import slug
 
 SCRIPTS = [path.stem for path in Path(__file__).parent.parent.glob("*.py")]
 NOT_OF_A_ROW = ("dataset", "target", "seed", "modes")  # settings in which its runs may differ

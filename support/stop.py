@@ -15,7 +15,7 @@ import time
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from assets import parallel
+from support import parallel
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # seconds in which two signals are one: `timeout` sends its own twice. So does torchrun, as soon as

@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as pixels
 
-from assets.tiny_world import InputError
+from support import InputError
 
 # Pillow warns from 89 million pixels on, which are no harm, and refuses twice as many
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from assets.profiling import profile
-from assets.tiny_world import InputError
+from support import InputError
+from support.profiling import profile
 
 EVERY = 50  # steps between two looks at a GPU's numbers: each look waits for all it was told to do
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from assets import parallel
-from assets.profiling import profile
-from assets.tiny_world import InputError
+from support import InputError, parallel
+from support.profiling import profile
 
 
 def as_is(batch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from assets.tiny_world import InputError
+from support import InputError
 
 
 def compiled(module: nn.Module, row) -> nn.Module:

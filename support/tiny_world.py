@@ -17,13 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-
-class InputError(ValueError):
-    """Something the user gave is wrong: the message names it, its value and what to do.
-
-    Commands end with exit code 2.
-    """
-
+from support import InputError
 
 SIDE = 32  # pixels
 OVERSAMPLING = 3  # polygons are drawn on a canvas of 96 pixels and averaged down

@@ -7,7 +7,7 @@ import time
 import torch
 from tqdm.auto import tqdm
 
-from assets import parallel
+from support import parallel
 
 EVERY = 50  # steps between two lines
 

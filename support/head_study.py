@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from assets.heads import ablated, attention_inputs, contribution, head_grid
-from assets.pictures import plot_heat, plot_heats
-from assets.report import format_table
-from assets.stop import stop_if_asked
+from support.heads import ablated, attention_inputs, contribution, head_grid
+from support.pictures import plot_heat, plot_heats
+from support.report import format_table
+from support.stop import stop_if_asked
 
 MOST = 400  # images of a domain that probes and MMD look at
 CENTERS = {"without it, hold-out": 0, "without it, target": 0, "gate": 1}  # white in pictures

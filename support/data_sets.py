@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from assets.benchmarks import DATASETS, Missing, read_dataset
-from assets.images import files_of, reasons
-from assets.report import format_table
-from assets.settings import did_you_mean
-from assets.tiny_world import InputError
+from support import InputError
+from support.benchmarks import DATASETS, Missing, read_dataset
+from support.images import files_of, reasons
+from support.report import format_table
+from support.settings import did_you_mean
 
 DRAWN = list(dict.fromkeys(row["stand-in"] for row in DATASETS.values()))
 READ = [name for name, row in DATASETS.items() if row["reader"] != "mnist-cifar"]  # no image files

@@ -1,6 +1,6 @@
 """Make `tiny_world.png`, the contact sheet of the README: every thing in every domain, twice.
 
-    python assets/draw_tiny_world.py
+    python support/draw_tiny_world.py
 
 The upper row of a domain shows things as the tiny CLIP was pretrained on them, the lower row as the
 tiny sets show them.
@@ -41,4 +41,4 @@ def contact_sheet():
 
 
 if __name__ == "__main__":
-    contact_sheet().savefig(Path(__file__).with_name("tiny_world.png"), dpi=132)
+    contact_sheet().savefig(Path("assets/tiny_world.png"), dpi=132)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from assets.tiny_world import InputError
+from support import InputError
 
 
 def read_class_features(path: str, clip, class_names) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Make the folder `tiny_clip`: a real open_clip CLIP, pretrained on captioned tiny-world images.
 
-    python assets/pretrain_tiny_clip.py    # about half an hour on two CPU cores
+    python support/pretrain_tiny_clip.py    # about half an hour on two CPU cores
 
 The skew of the web is imitated: photos are common, paintings and sketches rare; captions leave
 attributes out and are sometimes wrong. So zero-shot accuracy is good, and worse on the rare
@@ -13,7 +13,7 @@ token a word, is our own: `WordTokenizer`, with the key "vocabulary" of open_cli
 Other worlds and other CLIPs are a matter of flags: things that stand where they usually stand, or
 are mostly drawn; captions that say more; more heads; a tokenizer that any program can read:
 
-    python assets/pretrain_tiny_clip.py --layers 4 --width 128 --head-width 8 --usual-place 0.55 \\
+    python support/pretrain_tiny_clip.py --layers 4 --width 128 --head-width 8 --usual-place 0.55 \\
         --usual-medium 4 --tokenizer merges --output FOLDER
     python headpurify.py --model local-dir:FOLDER --study heads --seeds 1000 --epochs 4 --lr 3e-3
 """
@@ -34,10 +34,10 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets import tiny_world
-from assets.files import write_json
-from assets.tiny_words import BYTES, FILE, SPECIAL, TinyTokenizer, learn_merges, write_merges
-from assets.tiny_world import (
+from support import tiny_world
+from support.files import write_json
+from support.tiny_words import BYTES, FILE, SPECIAL, TinyTokenizer, learn_merges, write_merges
+from support.tiny_world import (
     BACKGROUNDS,
     COLORS,
     OFFICE_CLASSES,
@@ -255,7 +255,7 @@ def write_folder(args, config: dict, weights: dict, training: dict) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    folder = Path(__file__).with_name("tiny_clip")
+    folder = Path("assets/tiny_clip")
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     parser.add_argument("--images", type=int, default=40_000)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from assets import parallel
-from assets.files import write_json
-from assets.images import left_out
-from assets.pictures import plot_dots, plot_panels
+from support import parallel
+from support.files import write_json
+from support.images import left_out
+from support.pictures import plot_dots, plot_panels
 
 
 # ---------- Numbers ------------------------------------------------------------------------------

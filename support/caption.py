@@ -1,6 +1,6 @@
 """Captions by CoCa, the captioner of LDFS' paper, for all images below a folder.
 
-    python assets/caption.py data/PACS/photo --output captions.json
+    python support/caption.py data/PACS/photo --output captions.json
     python ldfs.py --dataset pacs --captioner file --caption-file captions.json
 
 The JSON file holds {path below the data root: caption}. Needs CoCa's weights: a download of 2.5 GB.
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets.images import images_below, read_image
-from assets.tiny_world import InputError
+from support import InputError
+from support.images import images_below, read_image
 
 
 def greedy_captions(model, images, start: int, end: int, length: int = 30) -> torch.Tensor:

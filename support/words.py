@@ -2,7 +2,7 @@
 domains, "a photo of a {}".
 
 The paper has a captioning model say it. Where captions come from is our choice: CLIP's nearest
-phrases ("retrieval"), the class name alone ("template"), or a file ("file"; assets/caption.py
+phrases ("retrieval"), the class name alone ("template"), or a file ("file"; support/caption.py
 writes one with CoCa).
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from assets.tiny_world import InputError
+from support import ASSETS, InputError
 
-WORDS = Path(__file__).with_name("words.json")  # descriptions of domains, phrases
+WORDS = ASSETS / "words.json"  # descriptions of domains, phrases
 WATERBIRDS = ("tiny-waterbirds", "waterbirds")  # where the place is the domain
 # how a caption begins before it says what is in the image: "A black and white photo of a"
 OPENING = (

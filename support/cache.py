@@ -23,12 +23,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as pixels
 from tqdm.auto import tqdm
 
-from assets.files import replacing
-from assets.images import read_image
-from assets.locks import locked
-from assets.settings import slug
-from assets.stop import stop_if_asked
-from assets.tiny_world import InputError
+from support import InputError
+from support.files import replacing
+from support.images import read_image
+from support.locks import locked
+from support.settings import slug
+from support.stop import stop_if_asked
 
 
 @functools.cache

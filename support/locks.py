@@ -7,8 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from assets import stop
-from assets.tiny_world import InputError
+from support import InputError, stop
 
 try:
     import fcntl

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from assets.tiny_world import InputError
-from assets.weights import why_not
+from support import InputError
+from support.weights import why_not
 
 
 # ---------- Layers -------------------------------------------------------------------------------

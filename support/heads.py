@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from assets.stop import stop_if_asked
-from assets.tiny_world import InputError
+from support import InputError
+from support.stop import stop_if_asked
 
 
 def head_grid(visual: nn.Module) -> tuple[int, int]:

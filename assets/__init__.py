@@ -1,1 +1,0 @@
-"""The shipped tiny CLIP and the world it was pretrained on."""
