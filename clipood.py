@@ -222,7 +222,9 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
     yield models, with_parts(state, parts)
     batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers, clip.device)
     watched = common.Steps(optimizer, batches, scaler)
-    replica = common.replica(model)  # the model, or what averages its gradients over processes
+    replica = common.data_parallel(
+        model
+    )  # the model, or what averages its gradients over processes
     if row.loss not in PROMPTS:
         replica = common.compiled(replica, row)
     for epoch in range(state["epoch"], row.epochs):
@@ -246,7 +248,7 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=
                 watched.check()
                 yield models, with_parts(state | {"step": step}, parts)
         watched.check()
-        state = {"epoch": epoch + 1, "step": 0, "loss": common.mean_of_processes(loss)}
+        state = {"epoch": epoch + 1, "step": 0, "loss": common.mean_over_ranks(loss)}
         yield models, with_parts(state, parts)
 
 

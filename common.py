@@ -47,6 +47,8 @@ from torchvision.transforms import v2
 
 from support import ASSETS as ASSETS
 from support import InputError, parallel
+from support import did_you_mean as did_you_mean
+from support import slug as slug
 from support.batches import SourceBatches as SourceBatches
 from support.batches import as_is
 from support.batches import check_batch_sizes as check_batch_sizes
@@ -66,10 +68,10 @@ from support.files import write_tensors as write_tensors
 from support.graphs import compiled as compiled
 from support.images import Augment, leave_out_broken
 from support.images import read_image as read_image
+from support.parallel import all_gather as all_gather
 from support.parallel import average_gradients as average_gradients
-from support.parallel import gathered as gathered
-from support.parallel import mean_of_processes as mean_of_processes
-from support.parallel import replica as replica
+from support.parallel import data_parallel as data_parallel
+from support.parallel import mean_over_ranks as mean_over_ranks
 from support.pictures import plot_heat as plot_heat
 from support.pictures import plot_images as plot_images
 from support.pictures import plot_panels as plot_panels
@@ -102,14 +104,12 @@ from support.settings import TEMPLATES as TEMPLATES
 from support.settings import Method as Method
 from support.settings import at_least as at_least
 from support.settings import cache_folder as cache_folder
-from support.settings import did_you_mean as did_you_mean
 from support.settings import flags as flags
 from support.settings import has_one_place as has_one_place
 from support.settings import positive as positive
 from support.settings import prompt_template as prompt_template
 from support.settings import settle as settle
 from support.settings import share as share
-from support.settings import slug as slug
 from support.steps import Steps as Steps
 from support.stop import stop_if_asked
 from support.stop import was_asked as was_asked
@@ -682,7 +682,7 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     `classes.json` lie beside the weights, so that the classifier is complete.
     Raises: InputError, before anything is written, for numbers that are not finite.
     """
-    if parallel.number():
+    if parallel.rank():
         return  # the first process writes
     folder = Path(folder)
     tower = (visual or clip.visual).state_dict()
@@ -784,10 +784,10 @@ def outputs(function, images: ImageSet, device="cpu", batch_size=256, workers=0)
 
     Raises: InputError if it says nan, of which an accuracy would make a class.
     """
-    shared = len(images) >= parallel.count() > 1
+    shared = len(images) >= parallel.world_size() > 1
     own = images
     if shared:
-        own = images.subset(range(parallel.number(), len(images), parallel.count()))
+        own = images.subset(range(parallel.rank(), len(images), parallel.world_size()))
     options = {"collate_fn": as_is, "num_workers": workers}
     options["pin_memory"] = torch.device(device).type == "cuda"
     found = []
@@ -796,7 +796,7 @@ def outputs(function, images: ImageSet, device="cpu", batch_size=256, workers=0)
         stop_if_asked()
     found = torch.cat(found).cpu()
     if shared:
-        found = parallel.whole(found, len(images))
+        found = parallel.gather_outputs(found, len(images))
     if found.isnan().any():
         raise InputError("a model's outputs are nan: try a lower --lr, or look at its weights")
     return found

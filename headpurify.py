@@ -280,7 +280,7 @@ def training_parts(row, weights: list, gates: list, steps: int, saved=None) -> t
 
 def remember(state: dict, both_losses, accuracies: dict, learnt: nn.Module) -> None:
     """A point of the history; and what is learnt so far, if the hold-out was never better."""
-    loss_cls, loss_mmd = map(common.mean_of_processes, both_losses)
+    loss_cls, loss_mmd = map(common.mean_over_ranks, both_losses)
     found = {"step": state["step"], "loss_cls": loss_cls, "loss_mmd": loss_mmd, **accuracies}
     state["history"].append(found)
     if accuracies["hold-out"] > state["best"]:  # the target is never asked
@@ -322,7 +322,7 @@ def losses(visual, images, labels, sources, class_features, logit_scale, row, re
     compared = [embedding]
     if tokens:
         compared = [layer[:, 0] for layer in tokens]  # CLS tokens (B, D)
-    compared = [common.gathered(feature, sources) for feature in compared]  # of all processes
+    compared = [common.all_gather(feature, sources) for feature in compared]  # of all processes
     return loss_cls, mmd_loss(compared, sources, row.bandwidths)
 
 

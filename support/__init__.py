@@ -1,5 +1,7 @@
 """What is no method of the four papers: one reads the methods without opening this folder."""
 
+import difflib
+import re
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"  # weights, tables and pictures
@@ -10,3 +12,24 @@ class InputError(ValueError):
 
     Commands end with exit code 2.
     """
+
+
+def did_you_mean(wrong: str, names) -> str:
+    """A hint for the end of a message about a wrong name: its nearest neighbour, or a full stop."""
+    names = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(wrong.lower(), names, n=1)
+    return f" (did you mean {names[close[0]]!r}?)." if close else "."
+
+
+def slug(text: str) -> str:
+    """A name as a file name: lower case letters of any script, anything unusual becomes `_`."""
+    return re.sub(r"(?:[^\w.-]|_)+", "_", text.lower()).strip("_")
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in one line: the system's words where an OSError is at the bottom."""
+    cause = error
+    while not isinstance(cause, OSError) and cause.__context__:
+        cause = cause.__context__
+    text = getattr(cause, "strerror", None) or str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -50,7 +50,7 @@ class Draws:
         orders = []
         for domain, size in enumerate(self.sizes):
             orders.append(endless_order(size, self.seed * 1000 + domain))
-        own = parallel.share(self.per_domain)
+        own = parallel.slice_of_rank(self.per_domain)
         for step in itertools.count():
             places = range(step * self.per_domain, (step + 1) * self.per_domain)
             drawn = []
@@ -118,7 +118,7 @@ class SourceBatches:
         options = {"num_workers": workers, "persistent_workers": workers > 0}
         options |= {"collate_fn": as_is, "pin_memory": torch.device(device).type == "cuda"}
         self.loader = DataLoader(Sources([*sets.values()]), batch_sampler=self.draws, **options)
-        own = range(per_domain)[parallel.share(per_domain)]
+        own = range(per_domain)[parallel.slice_of_rank(per_domain)]
         self.domain = torch.arange(len(sets)).repeat_interleave(len(own))
         self.restart(seed)
 
@@ -157,10 +157,10 @@ def check_batch_sizes(rows: dict, sets: dict) -> None:
     largest = max(map(len, sets.values()))
     most = max(64, largest)
     for row in rows.values():
-        if row.batch_size % parallel.count():
+        if row.batch_size % parallel.world_size():
             raise InputError(
                 f"--batch-size {row.batch_size} per source domain cannot be shared by "
-                f"{parallel.count()} processes: give a multiple of {parallel.count()}"
+                f"{parallel.world_size()} processes: give a multiple of {parallel.world_size()}"
             )
         if row.batch_size > most:
             raise InputError(

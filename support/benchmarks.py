@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.datasets import CIFAR10, MNIST
 
-from support import ASSETS, InputError
+from support import ASSETS, InputError, slug
 from support.images import folders_in, images_below, images_by_class
-from support.settings import slug
 from support.tiny_world import (
     SPURIOUS_SPLITS,
     WATERBIRD_CLASSES,

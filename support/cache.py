@@ -23,11 +23,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as pixels
 from tqdm.auto import tqdm
 
-from support import InputError
+from support import InputError, slug
 from support.files import replacing
 from support.images import read_image
 from support.locks import locked
-from support.settings import slug
 from support.stop import stop_if_asked
 
 

@@ -16,7 +16,7 @@ def command(main: Callable) -> None:
     and exit code 2. After Ctrl-C it is 130, after SIGTERM 143, as a shell has it."""
     try:
         with stop.listening():
-            parallel.start()
+            parallel.init_process_group()
             lines = command_lines(sys.argv[1:])
             if len(lines) > 1:
                 until_settled(lambda: several(main, lines))

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from support import InputError
+from support import InputError, did_you_mean
 from support.benchmarks import DATASETS, Missing, read_dataset
 from support.images import files_of, reasons
 from support.report import format_table
-from support.settings import did_you_mean
 
 DRAWN = list(dict.fromkeys(row["stand-in"] for row in DATASETS.values()))
 READ = [name for name, row in DATASETS.items() if row["reader"] != "mnist-cifar"]  # no image files

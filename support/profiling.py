@@ -30,7 +30,7 @@ class Profile:
         asked = time.perf_counter()
         for batch in loader:
             self.asked, self.there = asked, time.perf_counter()
-            self.size = len(batch[0]) * parallel.count()
+            self.size = len(batch[0]) * parallel.world_size()
             yield batch
             asked = time.perf_counter()
 

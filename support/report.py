@@ -265,7 +265,7 @@ def report(args, records: list[dict]) -> tuple[list[dict], str]:
     if left:
         raise Elsewhere(left)
     measure = main_measure(records)
-    if parallel.number():
+    if parallel.rank():
         return records, measure  # the first process says it
     runs = "run" if len(records) == 1 else "runs"
     versus = measure if len(records) > 1 else None

@@ -14,9 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
-from support import InputError
+from support import InputError, slug
 from support.report import format_table, main_measure, measures_of, percent, seed_means
-from support.settings import slug
 
 SCRIPTS = [path.stem for path in Path(__file__).parent.parent.glob("*.py")]
 NOT_OF_A_ROW = ("dataset", "target", "seed", "modes")  # settings in which its runs may differ

@@ -9,24 +9,52 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from support import InputError, parallel, stop
-from support.files import PARTIAL, write_json, write_tensors
+from support import InputError, parallel, reason, slug, stop
+from support.files import PARTIAL, write_tensors
 from support.locks import locked
-from support.settings import slug
 from support.weights import why_not
 
 NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
     "data_root device workers output resume seeds target source summary figures download study "
     "method more rows clip save_every share profile"
 ).split()
+
+
+# ---------- Files --------------------------------------------------------------------------------
+def write_file(path, save: Callable) -> None:
+    """Write a file whole or not at all: `save` is given another name to write under, whose file
+    then takes the place of `path`. Only rank 0 writes.
+
+    Raises: InputError if it cannot be written, say on a full disk; the file before stays.
+    """
+    if parallel.rank():
+        return
+    path = Path(path)
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own
+        raise InputError(f"cannot write {path}: {reason(error)}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, value) -> None:
+    text = json.dumps(value, indent=1, default=str) + "\n"
+    write_file(path, lambda partial: partial.write_text(text))
 
 
 @dataclass
@@ -68,7 +96,7 @@ class Run:
     def write(self, state: dict | None) -> None:
         """Replace the checkpoint in one go: a kill while it is written leaves the one before."""
         self.saved_at = time.monotonic()
-        if parallel.number():
+        if parallel.rank():
             return
         self.within_row = bool(state)
         saved = {"settings": self.settings, "record": self.record, "state": state}
@@ -111,7 +139,7 @@ def open_run(args, target: str, seed: int, label: str = ""):
     record = {"target": target, "seed": seed, "rows": {}, "extra": {}}
     folder = final.with_name(f".{name}.partial")
     run = Run(folder, settings, record, save_every=60 * args.save_every)
-    if parallel.number():
+    if parallel.rank():
         yield from follow(args, run, final)
         return
     lock = final.with_name(f".{name}.lock")
@@ -128,7 +156,7 @@ def open_run(args, target: str, seed: int, label: str = ""):
         parallel.from_first(None)  # it is not in other hands
         if args.resume:
             resume(run, final)
-        parallel.wait()  # for all to read what this one may replace
+        parallel.barrier()  # for all to read what this one may replace
         if run.complete:
             yield run
             return
@@ -162,7 +190,7 @@ def follow(args, run: Run, final: Path):
         return
     if args.resume:
         resume(run, final)
-    parallel.wait()
+    parallel.barrier()
     with stop.in_steps(), tempfile.TemporaryDirectory() as folder:
         run.folder = Path(folder)
         yield run
@@ -225,7 +253,7 @@ def take_up(run: Run, final: Path, found: Path) -> None:
             saved = {"settings": record.pop("settings"), "record": record, "state": None}
         else:
             saved = torch.load(found, map_location="cpu", weights_only=True)
-            if not parallel.number():
+            if not parallel.rank():
                 for left in run.folder.rglob(f"{PARTIAL}*"):  # by a kill
                     left.unlink()
         record, before = saved["record"], saved["settings"]
@@ -247,6 +275,6 @@ def take_up(run: Run, final: Path, found: Path) -> None:
     run.within_row = bool(run.state)
     if run.complete:
         run.folder = final
-        if not parallel.number():
+        if not parallel.rank():
             (final / "checkpoint.pt").unlink(missing_ok=True)
     print(f"--resume: found {found}", flush=True)

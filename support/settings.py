@@ -8,7 +8,6 @@ for a switch. A method's own settings may also be set by single rows: `lora/lr=1
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import re
@@ -18,21 +17,9 @@ from pathlib import Path
 
 import torch
 
-from support import InputError, parallel
+from support import InputError, did_you_mean, parallel, slug
 from support.graphs import check_compiler
 from support.profiling import EVERY, profile
-
-
-def did_you_mean(wrong: str, names) -> str:
-    names = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(wrong.lower(), names, n=1)
-    return f" (did you mean {names[close[0]]!r}?)." if close else "."
-
-
-def slug(text: str) -> str:
-    """A name as a file name: lower case letters of any script, anything unusual becomes `_`."""
-    return re.sub(r"(?:[^\w.-]|_)+", "_", text.lower()).strip("_")
-
 
 # ---------- Kinds of settings ---------------------------------------------------------------------
 LARGEST = 1e30  # float32 ends at 3e38, and optimizers multiply what they are given
@@ -188,7 +175,7 @@ def flags(method: Method, doc: str, modes: list[str], datasets: list[str], more=
     add_settings(parser.add_argument_group("method and training"), method.settings)
     add_settings(parser.add_argument_group("model, device, output"), COMMON_SETTINGS)
     args = parser.parse_args(argv)
-    if parallel.count() > 1 and not method.shared:
+    if parallel.world_size() > 1 and not method.shared:
         raise InputError(
             f"{method.name}.py runs in one process: start it with python, not torchrun"
         )
@@ -289,8 +276,8 @@ def settle_device(args: argparse.Namespace) -> None:
     wanted = args.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and parallel.count() > 1:
-        wanted = f"cuda:{parallel.on_this_machine()}"
+    if wanted == "cuda" and parallel.world_size() > 1:
+        wanted = f"cuda:{parallel.local_rank()}"
     hint = "use auto, cpu, cuda, cuda:1 or mps"
     try:
         args.device = torch.device(wanted)
