@@ -18,6 +18,7 @@ is the answer.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import common
+from common import parallel, prompts, runs, tables
 
 
 # ---------- Margin metric softmax ----------------------------------------------------------------
@@ -153,12 +155,71 @@ class BetaMovingAverage(nn.Module):
 
 # ---------- Training (Algorithm 1) ---------------------------------------------------------------
 IS_CLIP = ("zero-shot", "ms", "mms")  # what is learnt is an image tower
-PROMPTS = {"coop": common.CoOp, "cocoop": common.CoCoOp}  # what is learnt is words
+PROMPTS = {"coop": prompts.CoOp, "cocoop": prompts.CoCoOp}  # what is learnt is words
 
 
-def training_parts(clip, task, rows: dict, class_features, steps: int) -> dict:
-    """All that changes in a training: a copy of the image tower, its optimizer, its averages."""
-    row = first(rows)
+def train(clip, task: common.Task, rows: dict, class_features, seed: int, run) -> dict:
+    """Fine-tune a copy of CLIP's image tower with the one loss of `rows`; all averages run along.
+
+    The model stays in eval mode, as in the authors' code: norms with statistics keep CLIP's. Every
+    epoch draws images by a seed of its own.
+
+    Args: rows: {name: row}, which differ in how the trajectory is averaged, see `trainings`;
+    class_features (C, D) of the training classes; run: keeps a checkpoint after every epoch, and
+    may have one to go on from. Returns: {name: model}.
+    Raises: InputError if the loss is not finite.
+    """
+    row, name = first(rows), "/".join(rows)
+    torch.manual_seed(seed)
+    parts, averages = training_parts(clip, task, rows, class_features)
+    model, optimizer, schedule, scaler, *_ = parts.values()
+    models = {key: averages[key].model if key in averages else model for key in rows}
+    start = load_state(parts, run.state.get(name))
+    half = stored_in_half(model, row.storage)
+    half_averages = []
+    for average in averages.values():
+        half_averages += stored_in_half(average.model, row.storage)
+    round_to_half(half + half_averages)
+    if start == 0:
+        watch(clip, models, rows, task, run, 0)
+    replica = parallel.data_parallel(model)
+    replica = common.compiled(replica, row.compile and row.loss not in PROMPTS)
+    loader = {"stop": row.steps_per_epoch, "workers": row.workers, "device": clip.device}
+    for epoch in range(start, row.epochs):
+        batches = common.source_batches(task.train, row.batch_size, seed * 1000 + epoch, **loader)
+        for images, labels in tqdm(batches, f"{name} {epoch + 1}", leave=False, disable=None):
+            with common.autocast(clip.device, clip.precision):
+                output = replica(images)  # (S b, D or C)
+            loss = loss_of(row, output, labels, class_features, clip.logit_scale)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)  # optimizer.step(), which fp16 skips where a gradient overflows
+            scaler.update()
+            schedule.step()
+            round_to_half(half)
+            for average in averages.values():
+                average.update(model)
+            round_to_half(half_averages)
+        common.check_finite(loss, f"{name}, epoch {epoch + 1}", row.lr)
+        watch(clip, models, rows, task, run, epoch + 1, parallel.mean_over_ranks(loss))
+        state = {key: part.state_dict() for key, part in parts.items()}
+        run.save({name: {"epoch": epoch + 1, **state}})
+    return models
+
+
+def load_state(parts: dict, state: dict | None) -> int:
+    """Put a training where a checkpoint left it. Returns: how many epochs are done."""
+    if state is None:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["epoch"]
+
+
+def training_parts(clip, task, rows: dict, class_features) -> tuple[dict, dict]:
+    """All that changes in a training, {name: part}: a copy of the image tower, or learned words;
+    its optimizer; its averages, which are also given apart."""
+    row, steps = first(rows), first(rows).epochs * first(rows).steps_per_epoch
     model = copy.deepcopy(clip.visual).requires_grad_(True)
     groups = [{"params": list(model.parameters())}]
     if row.loss == "linear":  # Eq. 1: what the class names say is not used
@@ -168,113 +229,53 @@ def training_parts(clip, task, rows: dict, class_features, steps: int) -> dict:
         model = nn.Sequential(model, head)
     options = {"lr": row.lr, "weight_decay": row.weight_decay}
     optimizer = torch.optim.AdamW(groups, **options, fused=clip.device.type == "cuda")
-    if row.loss in PROMPTS:  # learns words, and the tower stays as it is
+    if row.loss in PROMPTS:  # the tower stays as it is
         classes = first(task.train).classes
-        model = common.PromptClassifier(PROMPTS[row.loss](clip, classes))
-        sgd = {"lr": row.prompt_lr, "momentum": 0.9, "weight_decay": 5e-4}  # as published
-        optimizer = torch.optim.SGD(model.parameters(), **sgd)
+        model = prompts.PromptClassifier(PROMPTS[row.loss](clip, classes))
+        optimizer = torch.optim.SGD(model.parameters(), **PROMPT_SGD)
     parts = {
         "model": model,
         "optimizer": optimizer,
         "schedule": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         "scaler": torch.amp.GradScaler(clip.device.type, enabled=clip.precision == "fp16"),
     }
-    for name, own in rows.items():
-        if own.average:
-            values = {"bma": own.beta, "ema": own.ema, "wise-ft": own.wise_ft, "uniform": 0}
-            shares = average_shares(own.average, values[own.average], steps)
-            parts[name] = BetaMovingAverage(model, steps, shares=shares)
-    return parts
+    averages = {}
+    for name, settings in rows.items():
+        if settings.average:
+            values = {"bma": settings.beta, "ema": settings.ema, "wise-ft": settings.wise_ft}
+            value = values.get(settings.average, 0)
+            shares = average_shares(settings.average, value, steps)
+            averages[name] = BetaMovingAverage(model, steps, shares=shares)
+    return parts | averages, averages
 
 
-def train(clip, task: common.Task, rows: dict, class_features, seed: int, saved=None):
-    """Fine-tune a copy of CLIP's image tower with the one loss of `rows`; all averages run along.
-
-    The model stays in eval mode, as in the authors' code: norms with statistics keep CLIP's. Every
-    epoch draws images by a seed of its own.
-
-    Args:
-        rows: {name: row}, which differ in how the trajectory is averaged, see `trainings`.
-        class_features: of the training classes, (C, D).
-        saved: a state that was yielded, to go on from there.
-    Yields: at the start, after every epoch, and where a signal asks to stop: {name: model} and the
-    state, with which it goes on exactly.
-    Raises: InputError at a loss or gradient that is not finite, before it reaches any weights.
-    """
-    row = first(rows)
-    torch.manual_seed(seed)
-    parts = training_parts(clip, task, rows, class_features, row.epochs * row.steps_per_epoch)
-    state = {"epoch": 0, "step": 0, "loss": None} | (saved or {})
-    if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    model, optimizer, schedule, scaler, *averages = parts.values()
-    half, half_averages = [], []
-    if row.storage == "float16":  # as in the authors' code
-        half = stored_in_half(model)
-        for average in averages:
-            half_averages += stored_in_half(average.model)
-    round_to_half(half + half_averages)
-    models = {}
-    for name in rows:
-        models[name] = parts[name].model if name in parts else model
-
-    yield models, with_parts(state, parts)
-    batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers, clip.device)
-    watched = common.Steps(optimizer, batches, scaler)
-    replica = common.data_parallel(
-        model
-    )  # the model, or what averages its gradients over processes
-    if row.loss not in PROMPTS:
-        replica = common.compiled(replica, row)
-    for epoch in range(state["epoch"], row.epochs):
-        epoch_seed = seed * 1000 + epoch
-        taken, steps = state["step"], row.steps_per_epoch  # before an interruption, in all
-        batches.restart(epoch_seed, taken, steps - taken)
-        title = f"{'/'.join(rows)} {epoch + 1}"
-        for step in tqdm(range(taken + 1, steps + 1), title, leave=False, disable=None):
-            images, y, _ = next(batches)  # (S b, 3, h, w), (S b,)
-            loss = loss_of(replica, images, y, row, clip, class_features)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            place = epoch * steps + step
-            watched.take(loss, f"{'/'.join(rows)}, step {place} of seed {seed}")
-            schedule.step()
-            round_to_half(half)
-            for average in averages:
-                average.update(model)
-            round_to_half(half_averages)
-            if common.was_asked() and step < steps:  # to stop, by a signal
-                watched.check()
-                yield models, with_parts(state | {"step": step}, parts)
-        watched.check()
-        state = {"epoch": epoch + 1, "step": 0, "loss": common.mean_over_ranks(loss)}
-        yield models, with_parts(state, parts)
-
-
-def with_parts(state: dict, parts: dict) -> dict:
-    """What a training goes on from."""
-    return state | {name: part.state_dict() for name, part in parts.items()}
-
-
-def loss_of(model, images, labels, row, clip, class_features) -> torch.Tensor:
-    """The loss of a batch: Eq. 3; Eq. 1 for a linear classifier and for learned prompts."""
-    labels = labels.to(clip.device, non_blocking=True)
-    with common.autocast(clip.device, clip.precision):
-        output = model(images.to(clip.device, non_blocking=True))  # (S b, D or C)
+def loss_of(row, output, labels, class_features, logit_scale) -> torch.Tensor:
+    """The loss of a batch: Eq. 3; Eq. 1 for a linear classifier and for learned prompts, whose
+    output (B, C) are logits and not features (B, D)."""
     if row.loss not in IS_CLIP:
         return F.cross_entropy(output.float(), labels)
     features = F.normalize(output.float(), dim=-1)
-    return margin_metric_softmax(features, class_features, labels, clip.logit_scale, row.margin)
+    return margin_metric_softmax(features, class_features, labels, logit_scale, row.margin)
 
 
-def stored_in_half(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that the authors' code keeps in float16 between two steps: those of OpenAI's
-    `convert_weights`, all but norms and embeddings."""
-    stored = copy.deepcopy(model)
-    open_clip.model.convert_weights_to_lp(stored)
-    pairs = zip(model.parameters(), stored.parameters())
-    return [own for own, low in pairs if low.dtype == torch.float16]
+def watch(clip, models: dict, rows: dict, task, run, epoch: int, loss: float | None = None) -> None:
+    """With --eval-every, a point of every trajectory."""
+    for name, row in rows.items():
+        if row.eval_every and epoch % row.eval_every == 0:
+            point = {"step": epoch * row.steps_per_epoch, "loss": loss}
+            point |= test(clip, models[name], row, task)
+            run.extra.setdefault(name, {"history": []})["history"].append(point)
+
+
+def stored_in_half(model: nn.Module, storage: str) -> list[nn.Parameter]:
+    """With --storage float16 the weights that the authors' code keeps in float16 between two steps:
+    those of OpenAI's `convert_weights`, all but norms and embeddings."""
+    if storage == "float32":
+        return []
+    converted = copy.deepcopy(model)
+    open_clip.model.convert_weights_to_lp(converted)
+    pairs = zip(model.parameters(), converted.parameters())
+    return [weight for weight, low in pairs if low.dtype == torch.float16]
 
 
 @torch.no_grad()
@@ -300,7 +301,7 @@ def classifier(clip, model, row, trained: tuple, classes: tuple):
         return common.clip_classifier(model, class_features, clip.precision)
     columns = list(range(len(classes)))
     if row.loss in PROMPTS:
-        model = common.PromptClassifier(model.prompts.of_classes(classes))
+        model = prompts.PromptClassifier(model.prompts.of_classes(classes))
     else:
         columns = [trained.index(name) if name in trained else -1 for name in classes]
 
@@ -319,7 +320,7 @@ def test(clip, model, row, task: common.Task) -> dict[str, float]:
     In the wild also base and new, the parts of `total`; with both also H; for ImageNet also its
     shifts' average.
     """
-    measures = {}
+    metrics = {}
     trained = first(task.train).classes
     for name, sets in task.tests.items():
         classify = classifier(clip, model, row, trained, first(sets).classes)
@@ -327,14 +328,14 @@ def test(clip, model, row, task: common.Task) -> dict[str, float]:
             continue
         accuracies = common.evaluate(classify, {name: sets}, clip.device, row.workers, 64)
         if name == "total":
-            measures |= {"base": accuracies["total/base"], "new": accuracies["total/new"]}
-        measures[name] = accuracies[name]
-    if "base" in measures and "new" in measures:
-        measures["H"] = harmonic_mean(measures["base"], measures["new"])
-    shifts = [measures[name] for name in common.IMAGENET_SHIFTS if name in measures]
+            metrics |= {"base": accuracies["total/base"], "new": accuracies["total/new"]}
+        metrics[name] = accuracies[name]
+    if "base" in metrics and "new" in metrics:
+        metrics["H"] = harmonic_mean(metrics["base"], metrics["new"])
+    shifts = [metrics[name] for name in common.IMAGENET_SHIFTS if name in metrics]
     if shifts:
-        measures["average OOD"] = sum(shifts) / len(shifts)
-    return measures
+        metrics["average OOD"] = sum(shifts) / len(shifts)
+    return metrics
 
 
 def share_moved(model: nn.Module, start: nn.Module) -> float:
@@ -375,28 +376,25 @@ def make_task(args, data, target: str, seed: int) -> common.Task:
 def load_data(args, seed: int):
     """The images of --dataset: a list of domains, or {part: images}."""
     if args.dataset not in common.dataset_names("parts"):
-        domains = args.dataset, args.data_root, seed, args.cue, WITH_PARTS, args.skip_broken
-        return common.load_domains(*domains)
-    parts = common.load_parts(args.dataset, args.data_root, skip_broken=args.skip_broken)
+        return common.load_domains(args.dataset, args.data_root, seed, args.cue)
+    parts = common.load_parts(args.dataset, args.data_root)
     if args.task == "domain-shift":
         for name in common.IMAGENET_SHIFTS:
-            shift = common.load_parts(name, args.data_root, skip_broken=args.skip_broken)
-            parts[name] = shift["test"]
+            parts[name] = common.load_parts(name, args.data_root)["test"]
     return parts
 
 
 # ---------- What the paper compares --------------------------------------------------------------
-def all_rows() -> dict[str, dict]:
+def all_rows() -> dict[str, str]:
     """A loss, alone or with an average: `mms+bma`. Numbers follow as settings:
     `mms+bma/margin=0.5/beta=0.1`."""
-    rows = {"zero-shot": {"loss": "zero-shot", "average": ""}}
-    rows["coop"] = {"loss": "coop", "average": ""}
-    rows["cocoop"] = {"loss": "cocoop", "average": "", "batch_size": 1}  # as published
+    rows = {"zero-shot": "--loss zero-shot", "coop": "--loss coop"}
+    rows["cocoop"] = "--loss cocoop --batch-size 1"  # as published
     for loss in ("linear", "ms", "mms"):
-        margin = {"margin": 0.0} if loss == "ms" else {}  # Eq. 2 is Eq. 3 without margin
-        rows[loss] = {"loss": loss, "average": "", **margin}
+        margin = " --margin 0" if loss == "ms" else ""  # Eq. 2 is Eq. 3 without margin
+        rows[loss] = f"--loss {loss}{margin}"
         for average in ("ema", "uniform", "wise-ft", "bma"):
-            rows[f"{loss}+{average}"] = {"loss": loss, "average": average, **margin}
+            rows[f"{loss}+{average}"] = f"--loss {loss} --average {average}{margin}"
     return rows
 
 
@@ -414,15 +412,12 @@ for margin in ("/margin=0.1", "/margin=0.5", "/margin=1", ""):
     STUDIES["margin"] += [f"mms{margin}", f"mms+bma{margin}"]
 for beta in ("/beta=0.1", "/beta=0.3", "/beta=1", "/beta=2", ""):
     STUDIES["average"].append(f"mms+bma{beta}")
-
 for lr in ("/lr=5e-6", ""):
     for storage in ("", "/storage=float16"):
         STUDIES["storage"] += [f"mms{lr}{storage}", f"mms+bma{lr}{storage}"]
 
 # what a trajectory depends on; averages do not change it
-OF_TRAJECTORY = (
-    "loss margin batch_size lr head_lr prompt_lr weight_decay storage epochs steps_per_epoch"
-)
+OF_TRAJECTORY = "loss margin batch_size lr head_lr weight_decay storage epochs steps_per_epoch"
 
 
 def trainings(rows: dict) -> list[dict]:
@@ -434,54 +429,58 @@ def trainings(rows: dict) -> list[dict]:
     return list(groups.values())
 
 
-# ---------- Settings: name, kind, default, default with the tiny CLIP, help ----------------------
+# ---------- The command line ---------------------------------------------------------------------
 TASKS = ("domain-shift", "open-class", "in-the-wild")
-WITH_PARTS = [name for name, row in common.DATASETS.items() if "template" in row]
-ABOVE = "(default: see above)"
-TEMPLATES = (
-    "prompts, averaged; or: ensemble (default: that of assets/datasets.json, a photo of a {}.)"
-)
-PROTOCOL = (
-    "official: as the authors' code, weights stored in float16, images resized bilinearly, and "
-)
-PROTOCOL += "in domain-shift only 20 % of the target tested"
-OF_ALL_ROWS = [
-    common.TARGET,
-    *common.SPEED,
-    ("task", TASKS, None, None, "unseen domains, classes, or both (domain-shift if it can)"),
-    ("protocol", ("whole", "official"), "whole", "whole", PROTOCOL),
-    ("shots", common.at_least(1), 16, 16, "training images per class of few-shot sets (published)"),
-    ("templates", [common.prompt_template], None, None, TEMPLATES),
-    ("eval-every", common.at_least(0), None, None, "epochs between tests (0; 1 in study average)"),
-]
-SETTINGS = [
-    ("margin", common.at_least(0, float), None, None, f"lambda of MMS, Eq. 3 {ABOVE}"),
-    ("beta", common.positive, None, None, f"of BMA, Eq. 6 {ABOVE}"),
-    ("ema", common.share, 0.999, 0.95, "decay of EMA, our choice"),
-    ("wise-ft", common.share, 0.5, 0.5, "share of the fine-tuned weights, our choice"),
-    ("batch-size", common.at_least(1), None, None, f"images per source domain in a step {ABOVE}"),
-    ("lr", common.positive, None, None, f"at the start; a cosine takes it to 0 {ABOVE}"),
-    ("head-lr", common.positive, 1e-3, 3e-3, "of the linear classifier, our choice"),
-    ("prompt-lr", common.positive, 2e-3, 2e-3, "of CoOp's and CoCoOp's words (published: 2e-3)"),
-    ("weight-decay", common.at_least(0, float), 0.1, 0.1, "of AdamW, published"),
-    ("storage", ("float32", "float16"), "float32", "float32", "of weights between two steps"),
-    ("epochs", common.at_least(1), None, None, ABOVE),
-    ("steps-per-epoch", common.at_least(1), 500, 20, "published: 500"),
-]
-# {setting: rows that it has an effect on}
-TRAINED = "linear|ms|coop"
-NEEDS = {"margin": "ms", "beta": "bma", "ema": "ema", "wise-ft": "wise-ft", "lr": "linear|ms"}
-NEEDS |= {"head-lr": "linear", "prompt-lr": "coop", "weight-decay": "linear|ms"}
-NEEDS |= {"compile": "linear|ms"}
-NEEDS |= dict.fromkeys(("batch-size", "epochs", "steps-per-epoch", "cache"), TRAINED)
-METHOD = common.Method("clipood", SETTINGS, ROWS, STUDIES, NEEDS, shared=True)
+WITH_PARTS = [name for name, entry in common.benchmarks.DATASETS.items() if "template" in entry]
+PROMPT_SGD = {"lr": 2e-3, "momentum": 0.9, "weight_decay": 5e-4}  # of CoOp, published
 # {"task, data set": its settings}; also of "tiny CLIP", and of "any other" data set
 FILE = Path(__file__).with_name("assets") / "clipood.json"
 DEFAULTS = json.loads(FILE.read_text())
 
 
+def parsers() -> tuple:
+    """The parser of the command line, and the parser of a row's settings."""
+    method = runs.Parser(add_help=False)
+    flag = functools.partial(runs.flag, method.add_argument_group("method and training"))
+    whole, number, positive = runs.at_least(1), runs.at_least(0, float), runs.positive
+    table = "(default: see above)"
+    flag("margin", number, None, f"lambda of MMS, Eq. 3 {table}")
+    flag("beta", positive, None, f"of BMA, Eq. 6 {table}")
+    flag("ema", runs.fraction, 0.999, "decay of EMA (our choice; tiny CLIP: 0.95)")
+    flag("wise-ft", runs.fraction, 0.5, "share of the fine-tuned weights (our choice)")
+    flag("batch-size", whole, None, f"images per source domain in a step {table}")
+    flag("lr", positive, None, f"at the start; a cosine takes it to 0 {table}")
+    flag("head-lr", positive, 1e-3, "of the linear classifier (our choice; tiny CLIP: 3e-3)")
+    flag("weight-decay", number, 0.1, "of AdamW (published)")
+    flag("storage", ("float32", "float16"), "float32", "of weights between two steps")
+    flag("epochs", whole, None, table)
+    flag("steps-per-epoch", whole, 500, "(published: 500; tiny CLIP: 20)")
+    row = runs.Parser(parents=[method], add_help=False, allow_abbrev=False)
+    row.add_argument("--loss", choices=(*IS_CLIP, "linear", *PROMPTS))
+    row.add_argument("--average", choices=("ema", "uniform", "wise-ft", "bma"))
+
+    datasets = common.dataset_names("domains") + WITH_PARTS
+    doc = f"{__doc__}\n{tables.value_table('defaults', DEFAULTS)}"
+    command = runs.command_parser("clipood", doc, method, datasets, ROWS, MODES, STUDIES)
+    flag = functools.partial(runs.flag, command.add_argument_group("of all rows"))
+    flag("target", str, "sketch", "held-out domain: its name, start or number, or all")
+    flag("task", TASKS, None, "unseen domains, unseen classes, or both (default: the first it has)")
+    text = "official: as the authors' code, with weights stored in float16, images resized "
+    text += "bilinearly, and in domain-shift only 20 % of the target tested"
+    flag("protocol", ("whole", "official"), "whole", text)
+    flag("shots", whole, 16, "training images per class of few-shot sets (published)")
+    text = "prompts, averaged; or: ensemble (default: that of assets/datasets.json)"
+    flag("templates", [runs.template], None, text)
+    flag("eval-every", runs.at_least(0), 0, "epochs between tests, 0: none (study average: 1)")
+    flag("compile", bool, False, "compile the tower's training pass")
+    return command, row
+
+
 def preset(args) -> dict:
-    """Defaults that depend on the task and the data set."""
+    """Defaults that depend on the task, the data set and the model.
+
+    Raises: InputError for a task that the data set does not have.
+    """
     name, possible = args.dataset, TASKS
     if name == "imagenet":
         possible = "domain-shift", "open-class"
@@ -491,43 +490,31 @@ def preset(args) -> dict:
     if task not in possible:
         what = f"--task {task} needs domains, {name} has none"
         raise common.InputError(f"{what}: use --task open-class")
-    refuse_idle_settings(args, task)
-    own = DEFAULTS.get(f"{task}, {name}", DEFAULTS[f"{task}, any other"])
-    if args.model == "tiny" or (args.model is None and name.startswith("tiny-")):
-        own = DEFAULTS[f"{task}, tiny CLIP"]
-    dataset = common.DATASETS.get(name, {})
-    found = {**own, "task": task, "templates": [dataset.get("template", "a photo of a {}.")]}
-    found["eval_every"] = 1 if args.study == "average" else 0
-    if args.protocol == "official":
-        found["storage"] = "float16"
+    key = "tiny CLIP" if args.model == "tiny" else name
+    defaults = DEFAULTS.get(f"{task}, {key}", DEFAULTS[f"{task}, any other"])
+    template = common.benchmarks.DATASETS.get(name, {}).get("template", "a photo of a {}.")
+    defaults = {**defaults, "task": task, "templates": [template]}
+    del defaults["source"]  # where the numbers are from
+    if args.model == "tiny":
+        defaults |= {"ema": 0.95, "head_lr": 3e-3, "steps_per_epoch": 20}
+    if args.study == "average":
+        defaults["eval_every"] = 1
     if args.study:
         file = f"clipood-{args.study}-{common.slug(name)}-{task}.json"
-        found["summary"] = Path("results", file)
-    return found
+        defaults["summary"] = Path("results", file)
+    if args.protocol == "official":
+        defaults["storage"] = "float16"
+    return defaults
 
 
-def settings(argv=None):
-    """The command line, or argv, checked. Raises: InputError for what would have no effect."""
-    names = common.dataset_names("domains") + WITH_PARTS
-    doc = f"{__doc__}\n{common.value_table('defaults', DEFAULTS)}"
-    args = common.flags(METHOD, doc, MODES, names, OF_ALL_ROWS, argv)
-    return common.settle(args, preset(args))
+def settings(argv=None) -> tuple:
+    """The command line, or argv, and {row: its settings}."""
+    command, row_parser = parsers()
+    args = runs.read_command(command, preset, STUDIES, argv)
+    return args, runs.read_rows(row_parser, args, ROWS)
 
 
-def refuse_idle_settings(args, task: str) -> None:
-    """Raises: InputError for a setting without effect on this task or data set."""
-    has_domains = args.dataset not in common.dataset_names("parts")
-    idle = []
-    if not has_domains:
-        idle.append("target")
-    if has_domains and task != "open-class":
-        idle.append("shots")
-    for name in idle:
-        if getattr(args, name) is not None:
-            raise common.InputError(f"--{name} has no effect with {args.dataset}, --task {task}")
-
-
-# ---------- Figures ------------------------------------------------------------------------------
+# ---------- Figure 4 -----------------------------------------------------------------------------
 def weights_in_average(average: str, value: float, steps: int) -> tuple[torch.Tensor, list]:
     """What theta_0 ... theta_T weigh in the average after T steps, and what theta_0 weighs after 0
     ... T steps, (T + 1,) both; see `average_shares`."""
@@ -539,82 +526,55 @@ def weights_in_average(average: str, value: float, steps: int) -> tuple[torch.Te
     return weights, of_start
 
 
-def draw_figures(args, class_features: torch.Tensor, folder: Path) -> None:
-    """--figures: Figure 4, the weights in an average; they and D of Eq. 4 in analysis.npz."""
-    numbers = {"distances": class_distances(class_features.cpu())}
+def plot_averages(args, run) -> None:
+    """--figures: the weights in an average; their numbers are in result.json."""
     steps = args.epochs * args.steps_per_epoch
     t, final, start = range(steps + 1), {}, {}
     for average, value in (("ema", args.ema), ("bma", args.beta), ("bma", 1.0)):
         label = f"{average} {value:g}"
-        numbers[label], of_start = weights_in_average(average, value, steps)
-        final[label] = t, numbers[label]
+        weights, of_start = weights_in_average(average, value, steps)
+        final[label] = t, weights.tolist()
         start[label] = t, of_start
+        run.extra[f"weights in {label}"] = {"final": weights.tolist(), "of the start": of_start}
     panels = {rf"$\theta_t$ after {steps} steps": final, r"$\theta_0$ after t steps": start}
-    path = folder / "averages.png"
-    common.plot_panels(panels, "t", "weight in the average", path, yscale="log")
-    common.write_arrays(folder / "analysis.npz", **numbers)
+    path = run.folder / "averages.png"
+    tables.plot_panels(panels, "t", "weight in the average", path, yscale="log")
 
 
 # ---------- main ---------------------------------------------------------------------------------
-def compare(args, task: common.Task, run) -> None:
+def compare(args, all_rows: dict, clip, task: common.Task, run, seed: int) -> None:
     """Train and test every row for one target and seed; the last one is exported."""
-    clip = args.clip
-    common.check_batch_sizes(args.rows, task.train)
     class_features = clip.class_features(task.classes, args.templates)  # (C, D)
-    for rows in trainings(args.rows):
+    for rows in trainings(all_rows):
         if rows.keys() <= run.rows.keys():
             continue
-        models, state = train_rows(clip, task, rows, run)
+        models = dict.fromkeys(rows, clip.visual)
+        if first(rows).loss != "zero-shot":
+            trained = clip.class_features(first(task.train).classes, args.templates)
+            models = train(clip, task, rows, trained, seed, run)
         for name, row in rows.items():
-            if name == args.modes[-1] and row.loss in IS_CLIP:
-                folder = run.folder / "model"
-                common.export_clip(clip, folder, class_features, task.classes, models[name])
-            measures = test(clip, models[name], row, task)
+            extra = {}
             if row.loss in IS_CLIP:
-                moved = share_moved(models[name], clip.visual)
-                run.extra.setdefault(name, {})["weights moved"] = moved
-            run.add(name, measures, state)  # trained, if it is killed here
-    run.record["rows"] = {name: run.rows[name] for name in args.rows}  # the table's order
+                extra["weights moved"] = share_moved(models[name], clip.visual)
+                if name == args.modes[-1]:
+                    folder = run.folder / "model"
+                    common.export_clip(clip, folder, class_features, task.classes, models[name])
+            run.add(name, test(clip, models[name], row, task), extra)
+    run.record["rows"] = {name: run.rows[name] for name in all_rows}  # the table's order
     if args.figures:
-        draw_figures(args, class_features, run.folder)
-
-
-def train_rows(clip, task, rows: dict, run) -> tuple[dict, dict]:
-    """The models of rows that share a training, and its state, which is saved on the way."""
-    row, key = first(rows), "/".join(rows)
-    if row.loss == "zero-shot":
-        return dict.fromkeys(rows, clip.visual), {}
-    classes = first(task.train).classes
-    class_features = clip.class_features(classes, row.templates)
-    saved = run.state and run.state.get(key)  # it may belong to another training
-    training = train(clip, task, rows, class_features, run.record["seed"], saved)
-    for models, state in training:
-        if row.eval_every and state["epoch"] % row.eval_every == 0:
-            test_on_the_way(clip, models, rows, task, run, state)
-        run.save({key: state}, trained=state["epoch"] == row.epochs)
-    return models, {key: state}
-
-
-def test_on_the_way(clip, models, rows, task, run, state) -> None:
-    """A point of every trajectory."""
-    for name, row in rows.items():
-        history = run.extra.setdefault(name, {"history": []})["history"]
-        step = state["epoch"] * row.steps_per_epoch
-        if not history or history[-1]["step"] < step:  # not again after an interruption
-            measures = test(clip, models[name], row, task)
-            history.append({"step": step, "loss": state["loss"], **measures})
+        plot_averages(args, run)
 
 
 def main():
-    args = settings()
+    args, rows = settings()
     data = load_data(args, args.seeds[0])
     targets = [args.dataset]
     if isinstance(data, list):
         targets = common.choose_targets(args.target, [domain.name for domain in data])
     interpolation = "bilinear" if args.protocol == "official" else None
-    clip = args.model, args.pretrained, args.device, args.precision, interpolation
-    args.clip = common.load_clip(*clip)
-    augment = common.training_transform(args.clip, args.dataset)
+    model = args.model, args.pretrained, args.device, args.precision, interpolation
+    clip = common.load_clip(*model)
+    augment = common.training_transform(clip, args.dataset)
     label = "" if args.task == "domain-shift" else args.task
     records = []
     for seed in args.seeds:
@@ -622,15 +582,15 @@ def main():
             data = load_data(args, seed)
         for target in targets:
             print(f"\n{args.task} on {args.dataset}, target {target}, seed {seed}", flush=True)
-            with common.open_run(args, target, seed, label) as run:
-                if not run.complete:
-                    task = make_task(args, data, target, seed)
-                    folder = common.cache_folder(args)
-                    task = task.transformed(augment, args.clip.preprocess, folder)
-                    compare(args, task, run)
+            run = runs.Run(args, target, seed, label)
+            if not run.finished:
+                task = make_task(args, data, target, seed)
+                task = task.transformed(augment, clip.preprocess)
+                compare(args, rows, clip, task, run, seed)
+                run.finish()
             records.append(run.record)
-    return common.report(args, records)
+    tables.report(args, records)
 
 
 if __name__ == "__main__":
-    common.command(main)
+    runs.command(main)

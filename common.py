@@ -1,134 +1,61 @@
-"""What the four method files share: data sets, CLIP, MMD, evaluation.
+"""What the four method files share: data sets, batches, CLIP, MMD, evaluation.
 
 1. Images       image sets; domains and parts of benchmarks, and their tiny stand-ins
 2. Tasks        what one run may see: unseen domains, unseen classes, both
-3. CLIP         `load_clip` and what travels with a CLIP, export
-4. MMD          `mmd2`
-5. Evaluation   `evaluate`, `outputs`
+3. Batches      of equally many images of every source domain
+4. CLIP         `load_clip` and what travels with a CLIP, export
+5. MMD          `mmd2`
+6. Evaluation   `evaluate`, `outputs`
 
-What any command needs comes from modules in support/, and is called `common.X` like the rest:
-settings.py (flags; rows with settings of their own), batches.py (`SourceBatches`, of all source
-domains alike), steps.py (`Steps` of an optimizer, watched), graphs.py (`compiled` towers),
-parallel.py (several processes as one), runs.py (`open_run`: a folder that appears when it is
-complete, or can be continued), report.py (tables and pictures of records), pictures.py, prompts.py
-(CoOp and CoCoOp, which the papers compare with), command.py (errors in one line).
+`common.runs`, `common.tables` and so on are modules of support/, which one can use without reading.
 
-Four words: a **Task** is what one run may see, a **row** is one line of a table, a **run** is one
-target and seed, and a **record** is what a run leaves: {"target", "seed", "rows": {row: {measure:
-number}}, "extra"}. A measure is a name and a number in [0, 1]; `target/photo`: a part of `target`.
-
-`python common.py data` lists all data sets: which are there, and where. `python common.py table`
-makes one table a data set of all runs.
-
-A method file imports this file and libraries, never another method file; `support/` never imports
-this file.
+`python common.py data` lists all data sets and says where they are; `python common.py table` makes
+one table a data set of all finished runs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import logging
 import re
 import shutil
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms.v2 import functional as pixels
 
-from support import ASSETS as ASSETS
-from support import InputError, parallel
-from support import did_you_mean as did_you_mean
-from support import slug as slug
-from support.batches import SourceBatches as SourceBatches
-from support.batches import as_is
-from support.batches import check_batch_sizes as check_batch_sizes
-from support.benchmarks import (
-    DATASETS,
-    load_mnist_cifar,
-    read_dataset,
-    read_own_folders,
+from support import (
+    InputError,
+    adapters,
+    benchmarks,
+    captions,
+    did_you_mean,
+    parallel,
+    prompts,
+    reason,
+    runs,
+    slug,
+    tables,
+    tiny_clip,
+    tiny_world,
+    vit,
 )
-from support.cache import Cache, open_cache
-from support.class_features import read_class_features as read_class_features
-from support.command import command as command
-from support.data_sets import main as list_data_sets
-from support.files import replacing, write_json
-from support.files import write_arrays as write_arrays
-from support.files import write_tensors as write_tensors
-from support.graphs import compiled as compiled
-from support.images import Augment, leave_out_broken
-from support.images import read_image as read_image
-from support.parallel import all_gather as all_gather
-from support.parallel import average_gradients as average_gradients
-from support.parallel import data_parallel as data_parallel
-from support.parallel import mean_over_ranks as mean_over_ranks
-from support.pictures import plot_heat as plot_heat
-from support.pictures import plot_images as plot_images
-from support.pictures import plot_panels as plot_panels
-from support.profiling import profile as profile
-from support.prompts import CoCoOp as CoCoOp
-from support.prompts import CoOp as CoOp
-from support.prompts import PromptClassifier as PromptClassifier
-from support.prompts import encode_all
-from support.prompts import encode_prompts as encode_prompts
-from support.prompts import first_word as first_word
-from support.report import closing_line as closing_line
-from support.report import format_table as format_table
-from support.report import gain as gain
-from support.report import measures_of as measures_of
-from support.report import paired as paired
-from support.report import percent as percent
-from support.report import plot_curves as plot_curves
-from support.report import report as report
-from support.report import seed_means as seed_means
-from support.report import table as table
-from support.report import target_table as target_table
-from support.report import value_table as value_table
-from support.run_tables import main as table_runs
-from support.runs import Run as Run
-from support.runs import open_run as open_run
-from support.settings import ONE_PLACE as ONE_PLACE
-from support.settings import SPEED as SPEED
-from support.settings import TARGET as TARGET
-from support.settings import TEMPLATES as TEMPLATES
-from support.settings import Method as Method
-from support.settings import at_least as at_least
-from support.settings import cache_folder as cache_folder
-from support.settings import flags as flags
-from support.settings import has_one_place as has_one_place
-from support.settings import positive as positive
-from support.settings import prompt_template as prompt_template
-from support.settings import settle as settle
-from support.settings import share as share
-from support.steps import Steps as Steps
-from support.stop import stop_if_asked
-from support.stop import was_asked as was_asked
-from support.tiny_words import FILE as MERGES
-from support.tiny_words import TinyTokenizer, tokenizer_of
-from support.tiny_world import (
-    OFFICE_CLASSES,
-    PACS_CLASSES,
-    TINY_DOMAINS,
-    VEHICLES,
-    WATERBIRD_CLASSES,
-    WordTokenizer,
-    draw_digits_and_vehicles,
-    draw_domain,
-    draw_waterbirds,
-    unknown_words,
-)
-from support.tiny_world import tiny_rng as tiny_rng
-from support.weights import OFFLINE, hub_or_cache, why_not
 
 
 # ---------- 1. Images ----------------------------------------------------------------------------
@@ -146,7 +73,6 @@ class ImageSet(Dataset):
     groups: torch.Tensor | None = None  # (N,) int64, for worst-group accuracy
     transform: Callable | None = None
     attributes: dict = field(default_factory=dict)  # of drawn images: {"background": (N,) int64}
-    cache: Cache | None = None  # of files, see `cached`
 
     def __len__(self):
         return len(self.labels)
@@ -154,15 +80,12 @@ class ImageSet(Dataset):
     def __getitems__(self, indices):
         """A whole batch: images (B, 3, h, w) float32 and labels (B,)."""
         if isinstance(self.images, torch.Tensor):
-            pixels = self.images[indices]
-            images = self.transform(pixels) if self.transform else pixels.float() / 255
+            batch = self.images[indices]
+            images = self.transform(batch) if self.transform else batch.float() / 255
         else:
-            images = torch.stack([self.transform(self.read(i)) for i in indices])
+            images = map(benchmarks.read_image, self.images[indices])
+            images = torch.stack([self.transform(image) for image in images])
         return images, self.labels[indices]
-
-    def read(self, index: int):
-        """A file's image, before its transform: PIL, or (3, h, w) uint8 of the cache."""
-        return self.cache[index] if self.cache else read_image(self.images[index])
 
     def __getitem__(self, index):
         images, labels = self.__getitems__([index])
@@ -171,39 +94,29 @@ class ImageSet(Dataset):
     def transformed(self, transform: Callable | None) -> ImageSet:
         return replace(self, transform=transform)
 
-    def cached(self, folder: Path, domain: str) -> ImageSet:
-        """Files read from a cache, made now if it is not there. The transform is an `Augment`."""
-        side = self.transform.cached_side
-        return replace(self, cache=open_cache(self.images.tolist(), folder, domain, side))
-
     def subset(self, indices) -> ImageSet:
         indices = np.asarray(indices, dtype=np.int64)
         groups = None if self.groups is None else self.groups[indices]
         attributes = {name: values[indices] for name, values in self.attributes.items()}
-        own = {"labels": self.labels[indices], "groups": groups, "attributes": attributes}
-        own["cache"] = self.cache and self.cache.subset(indices)
-        return replace(self, images=self.images[indices], **own)
+        parts = {"labels": self.labels[indices], "groups": groups, "attributes": attributes}
+        return replace(self, images=self.images[indices], **parts)
 
-    def labelled(self, chosen: range) -> ImageSet:
+    def labelled(self, classes: range) -> ImageSet:
         """The images of a range of classes. All class names stay."""
-        inside = (self.labels >= chosen.start) & (self.labels < chosen.stop)
+        inside = (self.labels >= classes.start) & (self.labels < classes.stop)
         return self.subset(np.flatnonzero(inside))
 
-    def of_classes(self, chosen: range) -> ImageSet:
+    def of_classes(self, classes: range) -> ImageSet:
         """The images of a range of classes, which are numbered from 0 again."""
-        own = self.labelled(chosen)
-        classes = self.classes[chosen.start : chosen.stop]
-        return replace(own, labels=own.labels - chosen.start, classes=classes)
+        images = self.labelled(classes)
+        names = self.classes[classes.start : classes.stop]
+        return replace(images, labels=images.labels - classes.start, classes=names)
 
     def picture(self, index: int) -> np.ndarray:
         """An image as it is, for a figure: (h, w, 3) uint8."""
         if isinstance(self.images, torch.Tensor):
             return self.images[index].permute(1, 2, 0).numpy()
-        return np.asarray(read_image(self.images[index]))
-
-    def name(self, index: int) -> str:
-        """An image's file, or its number if it was drawn."""
-        return f"number {index}" if isinstance(self.images, torch.Tensor) else self.images[index]
+        return np.asarray(benchmarks.read_image(self.images[index]))
 
 
 @dataclass
@@ -216,18 +129,19 @@ class Domain:
 
 
 # classes, images per class in the cued training part and in the balanced part of a domain
-TINY_BENCHMARKS = {"tiny-pacs": (PACS_CLASSES, 160, 80), "tiny-office": (OFFICE_CLASSES, 80, 40)}
+TINY_BENCHMARKS = {
+    "tiny-pacs": (tiny_world.PACS_CLASSES, 160, 80),
+    "tiny-office": (tiny_world.OFFICE_CLASSES, 80, 40),
+}
 
 
 def dataset_names(kind: str) -> list[str]:
     """Names of data sets with "domains", or of those with fixed "parts"."""
     drawn = {"domains": [*TINY_BENCHMARKS], "parts": ["tiny-waterbirds", "tiny-mnist-cifar"]}[kind]
-    return drawn + [name for name, row in DATASETS.items() if row["kind"] == kind]
+    return drawn + [name for name, entry in benchmarks.DATASETS.items() if entry["kind"] == kind]
 
 
-def load_domains(
-    name: str, root="data", seed: int = 0, cue: float = 0.4, also=(), skip_broken: bool = False
-) -> list[Domain]:
+def load_domains(name: str, root="data", seed: int = 0, cue: float = 0.4) -> list[Domain]:
     """Every domain of a benchmark, sorted by name.
 
     Args:
@@ -235,58 +149,50 @@ def load_domains(
         root: the folder that holds the benchmarks' folders.
         seed, cue: of tiny sets: which images are drawn, and how often (0 ... 1) a training image
             stands on its class's own background; 1/8 is independence.
-        also: names of other data sets, for the message about an unknown one.
-        skip_broken: leave out files that cannot be read.
     Raises: InputError for an unknown name, or a folder that is missing or not in the layout.
     """
     if name in TINY_BENCHMARKS:
-        return [tiny_domain(name, domain, seed, cue) for domain in TINY_DOMAINS]
+        return [tiny_domain(name, domain, seed, cue) for domain in tiny_world.TINY_DOMAINS]
     if name.startswith("folder:"):
         path = Path(name.removeprefix("folder:")).expanduser()
-        sets = image_sets(*read_own_folders(path), skip_broken)
-        return [Domain(*item) for item in sets.items()]
-    names = [*dataset_names("domains"), *also]
-    if name not in DATASETS or name not in names:
-        raise unknown_dataset(name, names, ", or folder:PATH")
-    sets = image_sets(*read_dataset(name, root), skip_broken)
+        sets = image_sets(*benchmarks.read_own_folders(path))
+    else:
+        check_name(name, dataset_names("domains"))
+        sets = image_sets(*benchmarks.read_dataset(name, root))
     if name == "domainnet-mini":  # which has a test list for every domain
-        domains = DATASETS[name]["domains"]
+        domains = benchmarks.DATASETS[name]["domains"]
         return [Domain(domain, sets[domain], sets[f"{domain} test"]) for domain in domains]
     return [Domain(*item) for item in sets.items()]
 
 
-def unknown_dataset(name: str, names: list[str], more: str = "") -> InputError:
-    hint = did_you_mean(name, names)
-    return InputError(f"unknown data set {name!r}{hint} Choose from {', '.join(names)}{more}.")
+def check_name(name: str, names: list[str]) -> None:
+    """Raises: InputError for a data set that is not one of these."""
+    if name not in names:
+        hint = did_you_mean(name, names)
+        raise InputError(f"unknown data set {name!r}{hint} Choose from {', '.join(names)}.")
 
 
-def load_parts(
-    name: str, root="data", seed=0, cue=0.95, download=False, skip_broken=False
-) -> dict[str, ImageSet]:
+def load_parts(name: str, root="data", seed=0, cue=0.95, download=False) -> dict[str, ImageSet]:
     """A data set with fixed parts: train, val and test, or those that it has.
 
     Args:
         seed, cue: of what is drawn or composed.
         download: fetch MNIST and CIFAR-10 if missing.
-        skip_broken: leave out files that cannot be read.
     Raises: InputError for an unknown name, or if the folder, its lists or its images are missing or
         not in the layout.
     """
-    names = dataset_names("parts")
-    if name not in names:
-        raise unknown_dataset(name, names)
+    check_name(name, dataset_names("parts"))
     if name == "tiny-waterbirds":
-        return drawn_parts(draw_waterbirds(seed, cue), WATERBIRD_CLASSES)
+        drawn = tiny_world.draw_waterbirds(seed, cue)
+        return drawn_parts(drawn, tiny_world.WATERBIRD_CLASSES)
     if name == "tiny-mnist-cifar":
-        return drawn_parts(draw_digits_and_vehicles(seed), VEHICLES)
+        return drawn_parts(tiny_world.draw_digits_and_vehicles(seed), tiny_world.VEHICLES)
     if name == "mnist-cifar":
-        return drawn_parts(load_mnist_cifar(root, seed, download), VEHICLES)
-    return image_sets(*read_dataset(name, root), skip_broken)
+        return drawn_parts(benchmarks.load_mnist_cifar(root, seed, download), tiny_world.VEHICLES)
+    return image_sets(*benchmarks.read_dataset(name, root))
 
 
-def load_id_and_ood(
-    name: str, root="data", seed=0, cue=0.95, download=False, skip_broken=False
-) -> tuple:
+def load_id_and_ood(name: str, root="data", seed=0, cue=0.95, download=False) -> tuple:
     """A data set with a spurious attribute: {train, val_id, test_id, val_ood, test_ood}, in whose
     OOD parts the attribute is independent of the label; and weights (N,) of test_id's images, or
     None. Args, Raises: as `load_parts`.
@@ -294,7 +200,7 @@ def load_id_and_ood(
     Waterbirds has one validation and one test set. As they are they are OOD. Weighted so that each
     group counts as much as it does in training, they are ID.
     """
-    sets = load_parts(name, root, seed, cue, download, skip_broken)
+    sets = load_parts(name, root, seed, cue, download)
     if name.endswith("mnist-cifar"):
         return sets, None
     in_training = torch.bincount(sets["train"].groups, minlength=4)
@@ -312,15 +218,13 @@ def drawn_parts(drawn: dict, classes: tuple[str, ...]) -> dict[str, ImageSet]:
     return {part: ImageSet(x, y, classes, groups) for part, (x, y, groups) in drawn.items()}
 
 
-def image_sets(classes, parts: dict[str, list], skip_broken: bool = False) -> dict[str, ImageSet]:
+def image_sets(classes, parts: dict[str, list]) -> dict[str, ImageSet]:
     """Image sets of {part: [(file, label), ...]}; items may have a group as a third."""
-    if skip_broken:
-        parts = leave_out_broken(classes, parts)
     sets = {}
     for part, items in parts.items():
         columns = []  # zip(*items) would take ten times as long with 600,000 items
-        for place in range(len(items[0])):
-            columns.append([item[place] for item in items])
+        for i in range(len(items[0])):
+            columns.append([item[i] for item in items])
         files, *numbers = columns
         labels, *groups = map(torch.tensor, numbers)
         sets[part] = ImageSet(np.array([*map(str, files)]), labels, tuple(classes), *groups)
@@ -330,31 +234,56 @@ def image_sets(classes, parts: dict[str, list], skip_broken: bool = False) -> di
 def tiny_domain(name: str, domain: str, seed: int, cue: float) -> Domain:
     """Draw one domain of a tiny benchmark: its cued training part and its balanced part."""
     classes, *sizes = TINY_BENCHMARKS[name]
+    drawn = tiny_world.draw_domain(name, classes, domain, seed, cue, sizes)
     parts = []
-    for pixels, labels, groups, drawn in draw_domain(name, classes, domain, seed, cue, sizes):
-        parts.append(ImageSet(pixels, labels, classes, groups, attributes=drawn))
+    for images, labels, groups, attributes in drawn:
+        parts.append(ImageSet(images, labels, classes, groups, attributes=attributes))
     return Domain(domain, *parts)
+
+
+@dataclass
+class Augment:
+    """CLIPood's augmentation (Sec. 4.1): RandomResizedCrop (scale 0.7 ... 1) and a horizontal flip.
+
+    It has two parts. `crop` runs in the processes that read, image by image, and gives 8 bits, a
+    quarter of what float32 would take on the way to a GPU. `normalize` runs there, on a batch.
+    """
+
+    size: tuple[int, int]
+    interpolation: v2.InterpolationMode
+    normalize: Callable  # (..., 3, h, w) uint8 -> float32
+    flip: Callable = v2.RandomHorizontalFlip()
+
+    def __call__(self, image) -> torch.Tensor:
+        return self.normalize(self.crop(image))
+
+    def crop(self, image) -> torch.Tensor:
+        """Of a PIL image or (..., 3, H, W) uint8: (..., 3, h, w) uint8."""
+        if isinstance(image, Image.Image):
+            image = pixels.pil_to_tensor(image)
+        box = RandomResizedCrop.get_params(image, (0.7, 1.0), (3 / 4, 4 / 3))
+        part = pixels.crop(image, *box)
+        # torch resizes twice as fast where the colours of a pixel lie together
+        part = part.movedim(-3, -1).contiguous().movedim(-1, -3)
+        return self.flip(pixels.resize(part, self.size, self.interpolation))
 
 
 def image_transform(model: nn.Module, train: bool = False) -> Callable:
     """The model's own preprocessing: open_clip's, written with transforms that take PIL images and
-    uint8 batches alike.
-
-    With `train`, an `Augment` instead of the centre crop.
-    """
+    uint8 batches alike. With `train`, an `Augment` instead of the centre crop."""
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
     interpolation = v2.InterpolationMode(config.get("interpolation", "bicubic"))
-    numbers = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    numbers += [v2.Normalize(config["mean"], config["std"]), v2.ToPureTensor()]
+    normalize = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    normalize += [v2.Normalize(config["mean"], config["std"]), v2.ToPureTensor()]
     if train:
-        return Augment(size, interpolation, v2.Compose(numbers))
+        return Augment(size, interpolation, v2.Compose(normalize))
     if config.get("resize_mode", "shortest") == "squash":
         crop = [v2.Resize(size, interpolation)]
     else:
         crop = [v2.Resize(min(size), interpolation), v2.CenterCrop(size)]
-    return v2.Compose([*crop, *numbers])
+    return v2.Compose([*crop, *normalize])
 
 
 def training_transform(clip: Clip, dataset: str) -> Callable:
@@ -371,14 +300,10 @@ class Task:
     train: dict[str, ImageSet]  # by source domain
     tests: dict[str, dict[str, ImageSet]]  # by test, then by domain; "hold-out" may choose a model
 
-    def transformed(self, augment: Callable, preprocess: Callable, cache=None) -> Task:
-        """With one transform for training images, which come from a folder of caches if one is
-        given, and one transform for all others."""
-        train, tests = {}, {}
-        for domain, images in self.train.items():
-            train[domain] = images.transformed(augment)
-            if cache:
-                train[domain] = train[domain].cached(cache, domain)
+    def transformed(self, augment: Callable, preprocess: Callable) -> Task:
+        """With one transform for training images and one for all others."""
+        train = {name: images.transformed(augment) for name, images in self.train.items()}
+        tests = {}
         for test, sets in self.tests.items():
             tests[test] = {name: images.transformed(preprocess) for name, images in sets.items()}
         return Task(self.classes, train, tests)
@@ -464,7 +389,7 @@ def few_shot(images: ImageSet, shots: int, seed: int, none_ok=False) -> ImageSet
 
     Raises: InputError for a class without images, unless `none_ok`.
     """
-    rng = tiny_rng(seed, "few shots")
+    rng = tiny_world.tiny_rng(seed, "few shots")
     labels = images.labels.numpy()
     by_class = np.argsort(labels, kind="stable")
     ends = np.bincount(labels, minlength=len(images.classes)).cumsum()
@@ -544,8 +469,116 @@ def in_the_wild(domains, target: str) -> Task:
     return Task(classes, train, tests)
 
 
-# ---------- 3. CLIP ------------------------------------------------------------------------------
-TINY_CLIP = ASSETS / "tiny_clip"  # made by support/pretrain_tiny_clip.py
+# ---------- 3. Batches ---------------------------------------------------------------------------
+def as_is(batch):
+    """In place of collecting images one by one: an `ImageSet` gives whole batches."""
+    return batch
+
+
+def endless_order(size: int, seed: int) -> Iterator[int]:
+    """0 ... size - 1 in one random order after another."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.empty((), dtype=torch.int64)
+    first.random_(generator=generator)  # a number that a DataLoader drew when results/ were made
+    while True:
+        yield from torch.randperm(size, generator=generator).tolist()
+
+
+def endless_batches(sizes: list[int], per_domain: int, seed: int) -> Iterator[list[list[tuple]]]:
+    """For every step and domain the next images: (index, seed of its augmentation) each. Every rank
+    gets its share of every domain's."""
+    orders = []
+    for domain, size in enumerate(sizes):
+        orders.append(endless_order(size, seed * 1000 + domain))
+    for step in itertools.count():
+        positions = range(step * per_domain, (step + 1) * per_domain)
+        batch = []
+        for domain, order in enumerate(orders):
+            images = [(next(order), hash((seed, domain, position))) for position in positions]
+            batch.append(images[parallel.slice_of_rank(per_domain)])
+        yield batch
+
+
+class Sources(Dataset):
+    """All source domains as one set, whose items are batches; see `endless_batches`."""
+
+    def __init__(self, sets: list[ImageSet]):
+        self.sets = sets
+
+    def __getitems__(self, batch: list[list[tuple]]) -> tuple:
+        """Images (S b, 3, h, w) and labels (S b,), domain after domain."""
+        images, labels = [], []
+        with torch.random.fork_rng(devices=[]):
+            for domain, drawn in zip(self.sets, batch):
+                x, y = self.augmented(domain, drawn)
+                images.append(x)
+                labels.append(y)
+        return torch.cat(images), torch.cat(labels)
+
+    @staticmethod
+    def augmented(domain: ImageSet, drawn: list[tuple]) -> tuple:
+        """Each file is cropped and mirrored by a seed of its own, so that it does not matter which
+        process reads it; pixels in memory are all by that of the first."""
+        seed_cpu = torch.default_generator.manual_seed  # torch.manual_seed would seed GPUs too
+        indices = [index for index, _ in drawn]
+        if isinstance(domain.images, torch.Tensor):
+            seed_cpu(drawn[0][1])
+            return domain.__getitems__(indices)
+        crop = getattr(domain.transform, "crop", domain.transform)  # `Augment` ends on the device
+        images = []
+        for index, seed in drawn:
+            seed_cpu(seed)
+            x = crop(benchmarks.read_image(domain.images[index]))
+            images.append(x.movedim(0, -1))  # (h, w, 3), as they lie in memory
+        return torch.stack(images).movedim(-1, 1), domain.labels[indices]
+
+
+def source_batches(sets, per_domain, seed, start=0, stop=None, workers=0, device="cpu") -> Iterator:
+    """Batches with equally many images of every source domain, endless unless `stop` is given.
+
+    The same seed gives the same images, cropped and mirrored alike, however many processes read
+    them. A domain smaller than `per_domain` is cycled through, as in DomainBed.
+
+    Args: sets: {domain: `ImageSet`}; per_domain: images of each in a batch, b, of which every rank
+    gets an equal part; start, stop: the first step and the one to end before; workers: processes.
+    Yields: images (S b, 3, h, w) float32 and labels (S b,), domain after domain, on the device.
+    Raises: InputError if b cannot be shared by all ranks.
+    """
+    ranks = parallel.world_size()
+    if per_domain % ranks:
+        shares = f"cannot be shared by {ranks} processes: give a multiple of {ranks}"
+        raise InputError(f"--batch-size {per_domain} per source domain {shares}")
+    sizes = [len(images) for images in sets.values()]
+    steps = itertools.islice(endless_batches(sizes, per_domain, seed), start, stop)
+    options = {"batch_sampler": steps, "num_workers": workers, "collate_fn": as_is}
+    options["pin_memory"] = torch.device(device).type == "cuda"
+    transform = next(iter(sets.values())).transform
+    for images, labels in DataLoader(Sources([*sets.values()]), **options):
+        images = images.to(device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = transform.normalize(images)
+        yield images, labels.to(device, non_blocking=True)
+
+
+def check_finite(loss: torch.Tensor, where: str, lr: float) -> None:
+    """Raises: InputError if a loss is not a number, as all are after the first that is not. Called
+    before an evaluation: asking a GPU for a number waits for all that it was told to do."""
+    if not loss.isfinite():
+        raise InputError(f"{where}: the loss is {loss.item()} at learning rate {lr:.3g}; lower it")
+
+
+def compiled(module: nn.Module, wanted: bool) -> nn.Module:
+    """With --compile a module that computes the same from the same weights in fewer kernels, else
+    the module itself. Only calls of the result are compiled; no hook may be set during them."""
+    if not wanted:
+        return module
+    torch.compiler.reset()  # what was compiled before counts towards a limit
+    torch._functorch.config.donated_buffer = False  # two losses: one graph, two backward passes
+    return torch.compile(module)
+
+
+# ---------- 4. CLIP ------------------------------------------------------------------------------
+TINY_CLIP = tiny_clip.FOLDER
 
 
 @dataclass
@@ -560,7 +593,7 @@ class Clip:
     device: torch.device
     precision: str
     config: dict  # what `export_clip` writes down
-    known: dict = field(default_factory=dict)  # class features that were asked for before
+    cache: dict = field(default_factory=dict)  # text features that were asked for before
     tower: nn.Module | None = None  # in place of the model's own: `replace(clip, tower=...)`
 
     @property
@@ -568,10 +601,16 @@ class Clip:
         """The image tower."""
         return self.model.visual if self.tower is None else self.tower
 
-    def encode_text(self, texts: list[str], together: int = 256) -> torch.Tensor:
-        """Unit-norm text features (n, D), float32; see `encode_all`."""
-        tokens = self.tokenizer(texts).to(self.device)  # (n, L)
-        return encode_all(self.model, tokens, together)
+    @torch.no_grad()
+    def encode_text(self, texts: list[str], batch_size: int = 256) -> torch.Tensor:
+        """Unit-norm text features (n, D), float32. The last bits of a text depend on its batch."""
+        key = tuple(texts), batch_size
+        if key not in self.cache:
+            features = []
+            for tokens in self.tokenizer(texts).to(self.device).split(batch_size):  # (b, L)
+                features.append(self.model.encode_text(tokens, normalize=True))
+            self.cache[key] = torch.cat(features)
+        return self.cache[key]
 
     def encode(self, images: ImageSet, workers: int = 0, batch_size: int = 256) -> torch.Tensor:
         """Unit-norm image features (N, D), float32, on the CPU."""
@@ -587,26 +626,23 @@ class Clip:
         """
         if list(templates) == ["ensemble"]:
             templates = self.ensemble()
-        for template in templates:
-            if not has_one_place(template):
-                raise InputError(f"a template needs {ONE_PLACE}, got {template!r}")
-        key = tuple(names), tuple(templates)
-        if key not in self.known:
-            texts = []
-            for name in names:
-                texts += [template.format(name.replace("_", " ")) for template in templates]
-            features = self.encode_text(texts, len(templates))
-            features = features.unflatten(0, (-1, len(templates)))  # (C, templates, D)
-            self.known[key] = F.normalize(features.mean(1), dim=-1)
-        return self.known[key]
+        for text in templates:
+            if not runs.has_one_place(text):
+                raise InputError(f"a template needs {runs.ONE_PLACE}, got {text!r}")
+        texts = []
+        for name in names:
+            texts += [text.format(name.replace("_", " ")) for text in templates]
+        features = self.encode_text(texts, batch_size=len(templates))  # class by class
+        features = features.unflatten(0, (-1, len(templates)))  # (C, templates, D)
+        return F.normalize(features.mean(1), dim=-1)
 
     def ensemble(self) -> list[str]:
         """open_clip's 80 ImageNet templates, or those of them whose words the tiny CLIP knows."""
-        templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-        if not isinstance(self.tokenizer, WordTokenizer | TinyTokenizer):
+        templates = [text("{}") for text in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        if not isinstance(self.tokenizer, tiny_clip.WordTokenizer | tiny_clip.TinyTokenizer):
             return templates
         known = {*self.tokenizer.words, "{}"}
-        return [text for text in templates if not unknown_words(text, known)]
+        return [text for text in templates if not tiny_clip.unknown_words(text, known)]
 
 
 def load_clip(
@@ -630,21 +666,17 @@ def load_clip(
         check_weights(name, pretrained)
         tag = open_clip.get_pretrained_cfg(name, pretrained) or {}  # a file has none
         quick_gelu = bool(tag.get("quick_gelu", False))
+    if not name.startswith("local-dir:") and not Path(pretrained or "").is_file():
+        try_hub()
     logging.disable(logging.ERROR)  # a failing download would say the same thirty times
     try:
-        with hub_or_cache(name, pretrained):
-            options = {"force_quick_gelu": quick_gelu, "require_pretrained": True}
-            model = open_clip.create_model(name, pretrained, **options)
-            model_config = open_clip.get_model_config(name)
-            tokenizer = tokenizer_of(name, model)
+        options = {"force_quick_gelu": quick_gelu, "require_pretrained": True}
+        model = open_clip.create_model(name, pretrained, **options)
+        model_config = open_clip.get_model_config(name)
+        tokenizer = tiny_clip.tokenizer_of(name, model)
     except Exception as error:  # hub, file system and deserialiser fail in ways of their own
         where = f"{name} ({pretrained or 'its folder'})"
-        hint = OFFLINE
-        if pretrained and Path(pretrained).is_file():
-            hint = f"Needed is a state dict of {name}, .pt or .safetensors."
-        raise InputError(
-            f"cannot load the weights of {where}: {why_not(error)}\n  {hint}"
-        ) from error
+        raise InputError(f"cannot load the weights of {where}: {reason(error)}\n  {HINT}") from None
     finally:
         logging.disable(logging.NOTSET)
     model_config["quick_gelu"] = quick_gelu or model_config.get("quick_gelu", False)
@@ -653,13 +685,31 @@ def load_clip(
         preprocess_config = {**preprocess_config, "interpolation": interpolation}
         open_clip.set_model_preprocess_cfg(model, preprocess_config)
     config = {"model_cfg": model_config, "preprocess_cfg": preprocess_config}
-    own_words = isinstance(tokenizer, WordTokenizer)
     # a key of ours, which open_clip passes over
-    config["vocabulary"] = list(tokenizer.words) if own_words else None
+    words = tokenizer.words if isinstance(tokenizer, tiny_clip.WordTokenizer) else None
+    config["vocabulary"] = words and list(words)
     model = model.eval().requires_grad_(False).to(device)
     transforms = image_transform(model), image_transform(model, train=True)
     scale = model.logit_scale.exp().item()
     return Clip(model, *transforms, tokenizer, scale, torch.device(device), precision, config)
+
+
+HINT = (
+    "A file must hold a state dict of this model, .pt or .safetensors. Offline? Give one with "
+    "--pretrained FILE, copy the hub's folder models--ORG--NAME from the cache of a machine that "
+    "has it, or use --model tiny."
+)
+
+
+def try_hub(seconds: float = 3) -> None:
+    """Where the hub of weights cannot be reached, look in its cache on this machine alone: it would
+    be asked again and again for a minute."""
+    try:
+        if not getproxies():
+            host = urlsplit(constants.ENDPOINT).hostname
+            socket.create_connection((host, 443), seconds).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def check_weights(name: str, pretrained: str) -> None:
@@ -682,8 +732,6 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     `classes.json` lie beside the weights, so that the classifier is complete.
     Raises: InputError, before anything is written, for numbers that are not finite.
     """
-    if parallel.rank():
-        return  # the first process writes
     folder = Path(folder)
     tower = (visual or clip.visual).state_dict()
     for key, value in {"class features": class_features, **tower}.items():
@@ -692,18 +740,16 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
     weights = clip.model.state_dict()
     weights |= {f"visual.{key}": value for key, value in tower.items()}
     weights = {key: value.cpu().contiguous() for key, value in weights.items()}
-    with replacing(folder / "open_clip_model.safetensors") as file:
-        save_file(weights, file)
-    write_json(folder / "open_clip_config.json", clip.config)
-    if isinstance(clip.tokenizer, TinyTokenizer):
-        with replacing(folder / MERGES) as file:
-            shutil.copyfile(clip.tokenizer.file, file)
-    write_json(folder / "classes.json", list(class_names))
-    with replacing(folder / "class_features.npy") as file:
-        np.save(file, class_features.cpu().numpy())
+    runs.write_file(folder / "open_clip_model.safetensors", lambda file: save_file(weights, file))
+    runs.write_json(folder / "open_clip_config.json", clip.config)
+    if isinstance(clip.tokenizer, tiny_clip.TinyTokenizer):
+        merges = clip.tokenizer.file
+        runs.write_file(folder / merges.name, lambda file: shutil.copyfile(merges, file))
+    runs.write_json(folder / "classes.json", list(class_names))
+    runs.write_file(folder / "class_features.npy", lambda file: np.save(file, class_features.cpu()))
 
 
-# ---------- 4. MMD -------------------------------------------------------------------------------
+# ---------- 5. MMD -------------------------------------------------------------------------------
 def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidths=None) -> torch.Tensor:
     """Squared maximum mean discrepancy of samples x (n, D) and y (m, D), the biased estimator.
 
@@ -750,7 +796,7 @@ def off_diagonal(square: torch.Tensor) -> torch.Tensor:
     return behind_first.unflatten(-1, (N - 1, N + 1))[..., :-1]
 
 
-# ---------- 5. Evaluation ------------------------------------------------------------------------
+# ---------- 6. Evaluation ------------------------------------------------------------------------
 def autocast(device: torch.device | str, precision: str):
     """Matrix products in half precision where `precision` says so; weights stay in float32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -780,26 +826,26 @@ def clip_classifier(visual, class_features: torch.Tensor, precision: str = "fp32
 
 @torch.no_grad()
 def outputs(function, images: ImageSet, device="cpu", batch_size=256, workers=0) -> torch.Tensor:
-    """What `function`, images (B, 3, h, w) -> (B, ...), says of all: (N, ...), on the CPU.
+    """What `function`, images (B, 3, h, w) -> (B, ...), returns for all: (N, ...), on the CPU. Each
+    rank computes its share.
 
-    Raises: InputError if it says nan, of which an accuracy would make a class.
+    Raises: InputError for nan, of which an accuracy would make a class.
     """
     shared = len(images) >= parallel.world_size() > 1
-    own = images
+    images_of_rank = images
     if shared:
-        own = images.subset(range(parallel.rank(), len(images), parallel.world_size()))
+        images_of_rank = images.subset(range(parallel.rank(), len(images), parallel.world_size()))
     options = {"collate_fn": as_is, "num_workers": workers}
     options["pin_memory"] = torch.device(device).type == "cuda"
-    found = []
-    for x, _ in DataLoader(own, batch_size, **options):
-        found.append(function(x.to(device, non_blocking=True)))
-        stop_if_asked()
-    found = torch.cat(found).cpu()
+    results = []
+    for x, _ in DataLoader(images_of_rank, batch_size, **options):
+        results.append(function(x.to(device, non_blocking=True)))
+    results = torch.cat(results).cpu()
     if shared:
-        found = parallel.gather_outputs(found, len(images))
-    if found.isnan().any():
+        results = parallel.gather_outputs(results, len(images))
+    if results.isnan().any():
         raise InputError("a model's outputs are nan: try a lower --lr, or look at its weights")
-    return found
+    return results
 
 
 def evaluate(classify: Callable, tests: dict, device="cpu", workers=0, batch_size=256) -> dict:
@@ -808,32 +854,25 @@ def evaluate(classify: Callable, tests: dict, device="cpu", workers=0, batch_siz
     Returns: {test: accuracy over all its images}, in [0, 1]; for a test of several domains also
     {"test/domain": accuracy}.
     """
-    measures = {}
+    metrics = {}
     for test, sets in tests.items():
         hits = {}
         for domain, images in sets.items():
             scores = outputs(classify, images, device, batch_size, workers)  # (N, C)
             hits[domain] = (scores.argmax(1) == images.labels).double()
-        measures[test] = torch.cat(list(hits.values())).mean().item()
+        metrics[test] = torch.cat(list(hits.values())).mean().item()
         if len(hits) > 1:
-            for domain, own in hits.items():
-                measures[f"{test}/{domain}"] = own.mean().item()
-    return measures
-
-
-def published() -> list[dict]:
-    """Tables of the papers as they print them, with the command of ours that makes each: {"paper",
-    "table", "script", "command", "sets", "columns", "rows": {name: {"ours": row, "accuracy": [%,
-    ...]}}, "deviations"}. results/ledger.md shows them beside our numbers."""
-    return json.loads((ASSETS / "published.json").read_text())
+            for domain, correct in hits.items():
+                metrics[f"{test}/{domain}"] = correct.mean().item()
+    return metrics
 
 
 def main():
     if sys.argv[1:2] == ["table"]:
-        table_runs(published())
+        tables.table_runs(sys.argv[2:])
     else:
-        list_data_sets()
+        benchmarks.list_data_sets(sys.argv[2:])
 
 
 if __name__ == "__main__":
-    command(main)
+    runs.command(main)

@@ -5,8 +5,9 @@ what the task needs, others carry the domain. Two purifications, trained togethe
 
 task level     HA-LoRA: low-rank updates of the query and value projections, with a down-projection
                B for every head, so that heads do not disturb each other
-domain level   DIG: a gate on every head, which also feels the distance L_MMD between the source
-               domains. The low-rank factors do not: they would learn to hide the domain
+domain level   DIG: a gate on every head, which also receives the gradient of the distance L_MMD
+               between the source domains. The low-rank factors do not: they would learn to hide
+               the domain
 
 After training both are folded into the weights: a plain CLIP of the same size and speed.
 
@@ -19,20 +20,18 @@ a row z, a layer computes z @ W.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
+import functools
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
 import common
-from support.head_study import answers_without_each, gains, report_heads, what_heads_carry
-from support.heads import cls_attention, drop_curve, greedy_order, head_importance, head_places
+from common import parallel, prompts, runs, tables
 
 
 # ---------- Purified attention: HA-LoRA and DIG --------------------------------------------------
@@ -208,125 +207,101 @@ def trained_now(strategy: str, step: int, steps: int, weights: list, gates: list
     return weights if weights_now else gates
 
 
+def losses(visual, images, labels, class_features, logit_scale, domains, mmd_at, bandwidths=None):
+    """L_cls and L_MMD of a batch, scalars.
+
+    Args: images (S b, 3, h, w) and labels (S b,) of S = `domains` sources, domain after domain;
+    class_features (C, D), unit-norm; mmd_at: see `recorded`; None: no L_MMD, which is then 0.
+    """
+    with recorded(visual, mmd_at or "output") as tokens:
+        embedding = visual(images)  # (S b, D)
+    features = F.normalize(embedding.float(), dim=-1)
+    loss_cls = F.cross_entropy(logit_scale * features @ class_features.T, labels)
+    if mmd_at is None:
+        return loss_cls, torch.zeros((), device=images.device)
+    compared = [layer[:, 0] for layer in tokens] or [embedding]  # CLS tokens (S b, D)
+    compared = [parallel.all_gather(x, domains) for x in compared]
+    return loss_cls, mmd_loss(compared, domains, bandwidths)
+
+
 # ---------- Training -----------------------------------------------------------------------------
-def train(clip, class_features, task, row, seed: int, saved=None, save=None) -> tuple:
+def train(clip, class_features, task, row, seed: int, run=None) -> tuple[nn.Module, dict]:
     """Fine-tune a copy of CLIP's image tower on the sources of a task.
 
-    Args: class_features (C, D), unit-norm; row: see `SETTINGS` and `ROWS`; saved: a state that was
-    given to the function `save`, to go on from there. Returns: the tower as it was when it
-    classified the source hold-outs best, merged; and what is kept in the record.
+    Args: class_features (C, D), unit-norm; row: see `parsers`; run: keeps a checkpoint after every
+    evaluation, and may have one to go on from. Returns: the tower as it was when it classified the
+    source hold-outs best, merged; and what is kept in the record.
     """
     torch.manual_seed(seed)
     visual = copy.deepcopy(clip.visual)
     layers, weights, gates = make_trainable(visual, row)
-    reached = {"none": [], "lora": weights, "gates": gates, "both": weights + gates}
-    reached = set(reached[row.mmd_grad])  # by L_MMD
-    images = sum(map(len, task.train.values()))
-    steps_per_epoch = max(1, images // (row.batch_size * len(task.train)))
+    reached = {"none": [], "lora": weights, "gates": gates, "both": weights + gates}[row.mmd_grad]
+    mmd_at = row.mmd_at if reached else None
+    reached, domains = set(reached), len(task.train)
+    steps_per_epoch = max(1, sum(map(len, task.train.values())) // (row.batch_size * domains))
     steps = row.epochs * steps_per_epoch
-    parts, state = training_parts(row, weights, gates, steps, saved)
-    learnt, optimizer, schedule, scaler = parts.values()
-    batches = common.SourceBatches(task.train, row.batch_size, seed, row.workers, row.device)
-    batches.restart(seed, state["step"])
-    watched = common.Steps(optimizer, batches, scaler)
-    tower = common.compiled(visual.train(), row)
-    for step in tqdm(range(state["step"] + 1, steps + 1), disable=None):
-        images, labels, _ = [part.to(row.device, non_blocking=True) for part in next(batches)]
-        batch = images, labels, len(task.train)
-        both = losses(tower, *batch, class_features, clip.logit_scale, row, reached)
+    parts, state = resume(row, weights, gates, steps, run)
+    learned, optimizer, schedule, scaler = parts.values()
+    loader = row.batch_size, seed, state["step"], steps, row.workers, row.device
+    batches = common.source_batches(task.train, *loader)
+    tower = common.compiled(visual.train(), row.compile)
+    for step in tqdm(range(state["step"] + 1, steps + 1), row.name, disable=None):
+        images, labels = next(batches)  # (S b, 3, h, w), (S b,)
+        batch = images, labels, class_features, clip.logit_scale, domains
+        with common.autocast(row.device, row.precision):
+            loss_cls, loss_mmd = losses(tower, *batch, mmd_at, row.bandwidths)
         trained = trained_now(row.strategy, step, steps, weights, gates)
         reached_now = [parameter for parameter in trained if parameter in reached]
         optimizer.zero_grad()
-        scaled = [scaler.scale(loss) for loss in both]  # which changes them in fp16 alone
+        scaled = scaler.scale(loss_cls), scaler.scale(loss_mmd)  # by 1, but in fp16
         route_gradients(*scaled, trained, reached_now, row.alpha)
-        common.average_gradients(trained)  # of all processes, if there are several
-        loss_cls, loss_mmd = both
-        loss = loss_cls + row.alpha * loss_mmd
-        watched.take(loss, f"{row.name}, step {step} of seed {seed}")
+        parallel.average_gradients(trained)
+        scaler.step(optimizer)  # optimizer.step(), which fp16 skips where a gradient overflows
+        scaler.update()
         schedule.step()
-        state["step"] = step
-        due = step % (row.eval_every * steps_per_epoch) == 0 or step == steps
-        if not due and not common.was_asked():  # to stop, by a signal
-            continue
-        watched.check()
-        if due:
-            accuracies = validate(visual, class_features, task, row, row.watch_target)
-            remember(state, both, accuracies, learnt)
-        if save:
-            whole = state | {name: part.state_dict() for name, part in parts.items()}
-            save(whole, trained=step == steps)
-    learnt.load_state_dict(state["chosen"])
-    found = {**what_was_learnt(visual, layers, weights + gates), "history": state["history"]}
-    if layers:
-        merge(visual)
-    return visual.eval(), found
+        if step % (row.eval_every * steps_per_epoch) == 0 or step == steps:
+            common.check_finite(loss_cls + loss_mmd, f"{row.name}, step {step}", row.lr)
+            accuracies = validate(visual, class_features, task, row)
+            remember(state, step, loss_cls, loss_mmd, accuracies, learned)
+            if run:
+                checkpoint = {name: part.state_dict() for name, part in parts.items()}
+                run.save({row.name: state | checkpoint})
+    learned.load_state_dict(state["best parameters"])
+    learnt = {**describe(visual, layers, weights + gates), "history": state["history"]}
+    return (merge(visual) if layers else visual).eval(), learnt
 
 
-def training_parts(row, weights: list, gates: list, steps: int, saved=None) -> tuple[dict, dict]:
-    """What changes in a training: {name: part}, each with a state dict; and what it has found."""
+def resume(row, weights: list, gates: list, steps: int, run=None) -> tuple[dict, dict]:
+    """What changes in a training, {name: part}, and what is known so far: as at the start, or as
+    in the run's checkpoint."""
     optimizer = make_optimizer(row, weights, gates)
     parts = {
-        "learnt": nn.ParameterList(weights + gates),
+        "learned": nn.ParameterList(weights + gates),
         "optimizer": optimizer,
         "schedule": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         "scaler": torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16"),
     }
-    if not saved:
-        return parts, {"step": 0, "history": [], "best": -1.0, "chosen": None}
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return parts, {name: value for name, value in saved.items() if name not in parts}
+    state = {"step": 0, "history": [], "best accuracy": -1.0, "best parameters": None}
+    if run and row.name in run.state:
+        checkpoint = run.state[row.name]
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        state = {name: checkpoint[name] for name in state}
+    return parts, state
 
 
-def remember(state: dict, both_losses, accuracies: dict, learnt: nn.Module) -> None:
-    """A point of the history; and what is learnt so far, if the hold-out was never better."""
-    loss_cls, loss_mmd = map(common.mean_over_ranks, both_losses)
-    found = {"step": state["step"], "loss_cls": loss_cls, "loss_mmd": loss_mmd, **accuracies}
-    state["history"].append(found)
-    if accuracies["hold-out"] > state["best"]:  # the target is never asked
-        state["best"] = accuracies["hold-out"]
-        state["chosen"] = copy.deepcopy(learnt.state_dict())
+def remember(state: dict, step: int, loss_cls, loss_mmd, accuracies: dict, learned) -> None:
+    """Add a point to the history; keep the parameters if the hold-out was never better."""
+    numbers = map(parallel.mean_over_ranks, (loss_cls, loss_mmd))
+    losses = dict(zip(("loss_cls", "loss_mmd"), numbers))
+    state["history"].append({"step": step, **losses, **accuracies})
+    state["step"] = step
+    if accuracies["hold-out"] > state["best accuracy"]:  # the target is never asked
+        state["best accuracy"] = accuracies["hold-out"]
+        state["best parameters"] = copy.deepcopy(learned.state_dict())
 
 
-def make_optimizer(row, weights: list, gates: list) -> torch.optim.Optimizer:
-    """AdamW, with a learning rate for gates of its own; they do not decay."""
-    lr = row.full_lr if row.adapter == "full" else row.lr
-    of_weights = {"params": weights, "lr": lr, "weight_decay": row.weight_decay}
-    of_gates = {"params": gates, "lr": row.gate_lr, "weight_decay": 0.0}
-    return torch.optim.AdamW([of_weights, of_gates], fused=row.device.type == "cuda")
-
-
-def what_was_learnt(visual, layers: list, trained: list) -> dict:
-    """For the record: how many parameters, the gates (layers, heads), see also `interference`."""
-    count = sum(parameter.numel() for parameter in trained)
-    total = sum(parameter.numel() for parameter in visual.parameters())
-    low_rank = [layer for layer in layers if layer.rank]
-    return {
-        "parameters": count,
-        "share": count / total,
-        "gates": [layer.gates().tolist() for layer in layers],
-        "interference": interference(low_rank),
-    }
-
-
-def losses(visual, images, labels, sources, class_features, logit_scale, row, reached):
-    """L_cls and L_MMD of a batch (B, 3, h, w) of some number of sources, scalars; L_MMD is 0 where
-    it reaches nothing."""
-    where = row.mmd_at if reached else "output"
-    with common.autocast(row.device, row.precision), recorded(visual, where) as tokens:
-        embedding = visual(images)  # (B, D)
-    features = F.normalize(embedding.float(), dim=-1)
-    loss_cls = F.cross_entropy(logit_scale * features @ class_features.T, labels)
-    if not reached:
-        return loss_cls, torch.zeros((), device=row.device)
-    compared = [embedding]
-    if tokens:
-        compared = [layer[:, 0] for layer in tokens]  # CLS tokens (B, D)
-    compared = [common.all_gather(feature, sources) for feature in compared]  # of all processes
-    return loss_cls, mmd_loss(compared, sources, row.bandwidths)
-
-
-def make_trainable(visual, row) -> tuple:
+def make_trainable(visual, row) -> tuple[list, list, list]:
     """Prepare an image tower, in place. Returns: purified layers; parameters: weights, gates."""
     if row.adapter == "full":
         visual.requires_grad_(True)
@@ -341,7 +316,7 @@ def make_trainable(visual, row) -> tuple:
     return layers, weights, gates
 
 
-def lora_ranks(row, heads: int):
+def lora_ranks(row, heads: int) -> tuple[int, int]:
     """Ranks in most layers and in the last two. A projection has r (H D + D) parameters in HA-LoRA,
     r (D + D) in LoRA: as many where the r of LoRA is (H + 1) / 2 times as large."""
     factor = {None: 0, "ha-lora": 1, "lora": 1}[row.adapter]
@@ -350,20 +325,43 @@ def lora_ranks(row, heads: int):
     return round(factor * row.rank), round(factor * row.last_rank)
 
 
-def validate(visual, class_features, task, row, target=True):
-    """Accuracies of a tower in training: on source hold-outs, which may choose, and if asked for on
-    the target. It goes on in the mode it was in."""
+def make_optimizer(row, weights: list, gates: list) -> torch.optim.Optimizer:
+    """AdamW. Gates have a learning rate of their own and do not decay."""
+    lr = row.full_lr if row.adapter == "full" else row.lr
+    of_weights = {"params": weights, "lr": lr, "weight_decay": row.weight_decay}
+    of_gates = {"params": gates, "lr": row.gate_lr, "weight_decay": 0.0}
+    return torch.optim.AdamW([of_weights, of_gates], fused=row.device.type == "cuda")
+
+
+def validate(visual, class_features, task, row) -> dict[str, float]:
+    """Accuracies of a tower in training: on source hold-outs, which may choose, and with the tiny
+    CLIP on the target, which is only watched. The tower goes on in the mode it was in."""
     training = visual.training
     visual.eval()
     classify = common.clip_classifier(visual, class_features, row.precision)
-    tests = {name: task.tests[name] for name in ("hold-out", "target")[: 1 + target]}
-    measures = common.evaluate(classify, tests, row.device, row.workers)
+    tests = {"hold-out": task.tests["hold-out"]}
+    if row.model == "tiny":
+        tests["target"] = task.tests["target"]
+    accuracies = common.evaluate(classify, tests, row.device, row.workers)
     visual.train(training)
-    return {name: measures[name] for name in tests}
+    return {name: accuracies[name] for name in tests}
+
+
+# ---------- What was learnt ----------------------------------------------------------------------
+def describe(visual, layers: list, trained: list) -> dict:
+    """For the record: how many parameters, the gates (layers, heads), see also `interference`."""
+    count = sum(parameter.numel() for parameter in trained)
+    total = sum(parameter.numel() for parameter in visual.parameters())
+    return {
+        "parameters": count,
+        "share": count / total,
+        "gates": [layer.gates().tolist() for layer in layers],
+        "interference": interference([layer for layer in layers if layer.rank]),
+    }
 
 
 @torch.no_grad()
-def interference(layers):
+def interference(layers: list) -> list[float]:
     """|cosine| of the updates s B^i A^i of two heads, for every purified layer: the mean over pairs
     of heads, queries and values. It is high in LoRA, whose heads share one B."""
     cosines = []
@@ -373,8 +371,23 @@ def interference(layers):
         update = F.normalize((down @ up).flatten(2), dim=-1)  # (2, H, D d)
         H = update.shape[1]
         total = (update @ update.mT).abs().sum().item() / 2  # of queries and values
-        cosines.append((total - H) / (H * (H - 1)))  # but those of a head with itself
+        cosines.append((total - H) / (H * (H - 1)))  # without those of a head with itself
     return cosines
+
+
+def by_layer(record: dict) -> dict[str, dict]:
+    """{row: {layer: `interference`}} of a record."""
+    rows = {}
+    for row, learnt in record["extra"].items():
+        if learnt.get("interference"):
+            rows[row] = dict(enumerate(learnt["interference"], start=1))
+    return rows
+
+
+def plot_interference(records: list[dict], path) -> None:
+    layers = [{**record, "rows": by_layer(record)} for record in records]
+    panels = {"updates of two heads": layers}
+    tables.plot_curves(panels, "layer", "|cosine|", path)
 
 
 # ---------- Class features by prompts, (C, D), unit-norm -----------------------------------------
@@ -382,122 +395,33 @@ def prompt_features(clip, task, row, seed: int) -> torch.Tensor:
     """Class features as `row.prompt` says: purification goes with any of them."""
     if row.prompt == "coop":
         return coop_features(clip, task, row, seed)
+    if row.prompt == "promptstyler":
+        return prompts.promptstyler(clip, task.classes, seed)
     if row.prompt == "file":
-        return common.read_class_features(row.class_features, clip, task.classes)
+        return prompts.read_class_features(row.class_features, clip, task.classes)
     templates = ["ensemble"] if row.prompt == "ensemble" else row.templates
     return clip.class_features(task.classes, templates)
 
 
 def coop_features(clip, task, row, seed: int) -> torch.Tensor:
-    """Of the words that CoOp learns on the sources' image features."""
+    """Class features of the words that CoOp learns on the sources' image features."""
     x = torch.cat([clip.encode(images, row.workers) for images in task.train.values()])  # (N, D)
     y = torch.cat([images.labels for images in task.train.values()])
     torch.manual_seed(seed)
-    coop = common.CoOp(clip, task.classes, row.context)
+    coop = prompts.CoOp(clip, task.classes, CONTEXT)
     return coop.fit(x, y, row.batch_size * len(task.train))
-
-
-# ---------- What heads do ------------------------------------------------------------------------
-def gates_on_frozen_clip(clip, class_features, task, row, seed: int):
-    """Gates (layers, heads) learnt on frozen CLIP without each source in turn, summed up."""
-    own = argparse.Namespace(**{**vars(row), **ROWS["dig"]})
-    own.mmd_grad = "gates" if len(task.train) > 2 else "none"  # else nothing to compare
-    total = 0
-    for name in task.train:
-        held_out = {name: task.tests["hold-out"][name]}
-        train_sets = {other: images for other, images in task.train.items() if other != name}
-        fold = common.Task(task.classes, train_sets, {"hold-out": held_out, "target": held_out})
-        _, learnt = train(clip, class_features, fold, own, seed)
-        total += torch.tensor(learnt["gates"])
-    return total
-
-
-def source_sample(clip, class_features, task, seed: int, per_source: int) -> tuple:
-    """What `loss_of` wants: held-out images, as many of every source."""
-    batches = common.SourceBatches(task.tests["hold-out"], per_source, seed)
-    images, labels, _ = next(batches)
-    return class_features, clip.logit_scale, images.to(clip.device), labels.to(clip.device)
-
-
-def drop_curves(clip, adapted, gates, class_features, task, row, seed: int) -> dict:
-    """{order: {"dropped", "hold-out", "target"}}, accuracies without some heads (Figure 1).
-
-    Heads of CLIP go in random order, as --drop says, by what the sources lose without them (ranked,
-    or greedily up to a quarter), or by gates learnt on frozen CLIP; those of `adapted` by `gates`.
-    """
-    heads, by_hand = gates.numel(), row.drop or []
-    generator = torch.Generator().manual_seed(seed)
-    orders = {"random": torch.randperm(heads, generator=generator)}
-    if by_hand:
-        orders["by hand"] = head_places(clip.visual, by_hand)
-    sample = source_sample(clip, class_features, task, seed, 64)
-    orders["ranked on sources"] = head_importance(clip.visual, *sample).flatten().argsort()
-    orders["greedy on sources"] = greedy_order(clip.visual, heads // 4, *sample)
-    frozen = gates_on_frozen_clip(clip, class_features, task, row, seed)
-    orders["gates on frozen CLIP"] = frozen.flatten().argsort()
-    orders["adapt and drop"] = gates.flatten().argsort()
-    shares = np.linspace(0, 0.75, 9)
-    stops = {len(by_hand), *(round(share * heads) for share in shares)}
-
-    def measure(visual):
-        return validate(visual, class_features, task, row)
-
-    curves = {}
-    for name, order in orders.items():
-        visual = adapted if name == "adapt and drop" else clip.visual
-        curves[name] = drop_curve(visual, order, stops, measure)
-    return curves
-
-
-def study_heads(clip, class_features, task, row, gates, seed: int) -> dict:
-    """What every head of CLIP carries, {measure: (layers, heads)}; see support/head_study.py."""
-    sources = task.tests.get("source", task.tests["hold-out"])
-    domains = {**sources, **task.tests["target"]}
-
-    def outputs(function, images):
-        return common.outputs(function, images, row.device, workers=row.workers)
-
-    def distance(features, sources):
-        return mmd_loss([features], sources, row.bandwidths).item()
-
-    found, mean = what_heads_carry(clip.visual, domains, seed, outputs, distance)
-    classify = common.clip_classifier(clip.visual, class_features, row.precision)
-    answers = answers_without_each(clip.visual, mean, classify)
-    for test in ("hold-out", "target"):
-        right = []
-        for images in task.tests[test].values():
-            right.append(outputs(answers, images) == images.labels[:, None])
-        found[f"without it, {test}"] = gains(torch.cat(right), gates.shape)
-    return {**found, "gate": gates.tolist()}
-
-
-def analyse(args, task, run, visual, gates, class_features) -> None:
-    """--figures: what heads are worth, and what they attend to, as numbers in analysis.npz."""
-    clip = args.clip
-    sample = source_sample(clip, class_features, task, run.record["seed"], 128)
-    numbers = {"gates": gates}  # (layers, heads), as is the importance
-    numbers["importance"] = head_importance(visual, *sample)
-    numbers["importance CLIP"] = head_importance(clip.visual, *sample)
-    (target,) = task.tests["target"].values()
-    shown = target.subset(np.linspace(0, len(target) - 1, 8))
-    numbers |= {f"image {i}": shown.picture(i) for i in range(8)}
-    pixels, _ = shown.__getitems__(range(8))
-    for name, tower in {"CLIP": clip.visual, "purified": visual}.items():
-        maps = cls_attention(tower, pixels.to(clip.device)).cpu()
-        numbers[f"attention {name}"] = maps.unflatten(-1, tower.grid_size)  # (L, 8, H, h, w)
-    common.write_arrays(run.folder / "analysis.npz", **numbers)
 
 
 # ---------- What the paper compares --------------------------------------------------------------
 # What trains in the image tower. A row may have its own settings, "ha-lora+dig/mmd-grad=both".
 ROWS = {
-    "zero-shot": {"adapter": None, "gated": False},
-    "full": {"adapter": "full", "gated": False},
-    "lora": {"adapter": "lora", "gated": False},
-    "ha-lora": {"adapter": "ha-lora", "gated": False},
-    "dig": {"adapter": None, "gated": True},
-    "lora+dig": {"adapter": "lora", "gated": True},
-    "ha-lora+dig": {"adapter": "ha-lora", "gated": True},
+    "zero-shot": "",
+    "full": "--adapter full",
+    "lora": "--adapter lora",
+    "ha-lora": "--adapter ha-lora",
+    "dig": "--gated",
+    "lora+dig": "--adapter lora --gated",
+    "ha-lora+dig": "--adapter ha-lora --gated",
 }
 OURS = "ha-lora+dig"
 MODES = ["zero-shot", "lora", OURS]
@@ -514,184 +438,136 @@ STUDIES = {
         *("lora+dig/lora-rank=double", "lora+dig/lora-rank=match", "ha-lora", OURS),
     ],
     "prompts": [f"{row}/prompt={kind}" for kind in PROMPTS for row in ("zero-shot", OURS)],
-    "drop-heads": ["zero-shot", "ha-lora+dig"],  # and the accuracy without some heads
-    "heads": ["zero-shot", "ha-lora+dig"],  # and what each head carries
 }
-
-# ---------- Settings -----------------------------------------------------------------------------
-# name, kind, default, default with the tiny CLIP, what it is
-SETTINGS = [
-    ("rank", common.at_least(1), 2, 2, "r in all layers but the last two (published: 2)"),
-    ("last-rank", common.at_least(1), 8, 8, "r in the last two layers (published: 8)"),
-    ("lora-rank", ("same", "double", "match"), "same", "same", "LoRA's; match: HA-LoRA's size"),
-    ("scale", common.positive, 1.0, 1.0, "s, weight of the low-rank updates (our choice)"),
-    ("alpha", common.at_least(0, float), 1.0, 1.0, "weight of L_MMD (our choice)"),
-    ("mmd-grad", ("none", "lora", "gates", "both"), "gates", "gates", "what L_MMD trains"),
-    ("mmd-at", ("output", "layers", "heads"), "output", "output", "what it compares (our choice)"),
-    ("bandwidths", [common.positive], None, None, "of the kernel (default: a bank, our choice)"),
-    ("strategy", ("joint", "alternating", "two-stage"), "joint", "joint", "(published: joint)"),
-    ("prompt", PROMPTS, "templates", "templates", "what makes the class features"),
-    ("context", common.at_least(1), 4, 4, "words that CoOp learns (published: 4 ... 16)"),
-    ("batch-size", common.at_least(1), 12, 12, "images per source in a step (published: 12)"),
-    ("epochs", common.at_least(1), 40, 4, "passes over the sources (published: 40)"),
-    ("lr", common.positive, 5e-4, 3e-3, "of low-rank factors (our choice)"),
-    ("gate-lr", common.positive, 5e-3, 5e-3, "of gates (our choice)"),
-    ("full-lr", common.positive, 5e-6, 1e-3, "of full fine-tuning (our choice)"),
-    ("weight-decay", common.at_least(0, float), 0.01, 0.01, "of all but gates (our choice)"),
-    ("eval-every", common.at_least(1), 1, 1, "epochs between evaluations"),
-    ("watch-target", bool, False, True, "evaluate the target as often; the oracle needs it"),
-]
-OF_ALL_ROWS = [
-    common.TARGET,
-    common.TEMPLATES,
-    *common.SPEED,
-    ("class-features", str, None, None, "(C, D) of any other prompt method, .npy; --prompt file"),
-    ("drop", [str], None, None, "LAYER.HEAD ... for --study drop-heads; 1.1 is the first"),
-]
-# {setting: rows that it has an effect on}
-NEEDS = {"lora-rank": "^lora", "full-lr": "full", "gate-lr": "dig", "strategy": "lora.dig"}
-NEEDS |= dict.fromkeys(("lr", "rank", "last-rank", "scale"), "lora")
-NEEDS |= dict.fromkeys(("cache", "compile"), "full|lora|dig")
-METHOD = common.Method("headpurify", SETTINGS, ROWS, STUDIES, NEEDS, shared=True)
+CONTEXT = 4  # words that CoOp learns (published: 4 ... 16)
 
 
-def settings(argv=None):
-    """The command line, or argv, checked. Raises: InputError for what would have no effect."""
-    data = common.dataset_names("domains")
-    args = common.flags(METHOD, __doc__, MODES, data, OF_ALL_ROWS, argv)
+# ---------- The command line ---------------------------------------------------------------------
+def parsers() -> tuple:
+    """The parser of the command line, and the parser of a row's settings."""
+    method = runs.Parser(add_help=False)
+    flag = functools.partial(runs.flag, method.add_argument_group("method and training"))
+    whole, number, positive = runs.at_least(1), runs.at_least(0, float), runs.positive
+    flag("rank", whole, 2, "r in all layers but the last two (published: 2)")
+    flag("last-rank", whole, 8, "r in the last two layers (published: 8)")
+    flag("lora-rank", ("same", "double", "match"), "same", "of LoRA; match: as large as HA-LoRA")
+    flag("scale", positive, 1.0, "s, weight of the low-rank updates (our choice)")
+    flag("alpha", number, 1.0, "weight of L_MMD (our choice)")
+    flag("mmd-grad", ("none", "lora", "gates", "both"), "gates", "what L_MMD trains (published)")
+    flag("mmd-at", ("output", "layers", "heads"), "output", "what it compares (our choice)")
+    flag("bandwidths", [positive], None, "of the kernel (default: a bank, our choice)")
+    flag("strategy", ("joint", "alternating", "two-stage"), "joint", "of training (published)")
+    flag("prompt", (*PROMPTS, "promptstyler"), "templates", "what makes the class features")
+    flag("batch-size", whole, 12, "images per source in a step (published: 12)")
+    flag("epochs", whole, 40, "passes over the sources (published: 40; tiny CLIP: 4)")
+    flag("lr", positive, 5e-4, "of low-rank factors (our choice; tiny CLIP: 3e-3)")
+    flag("gate-lr", positive, 5e-3, "of gates (our choice)")
+    flag("full-lr", positive, 5e-6, "of full fine-tuning (our choice; tiny CLIP: 1e-3)")
+    flag("weight-decay", number, 0.01, "of all but gates (our choice)")
+    flag("eval-every", whole, 1, "epochs between evaluations")
+    row = runs.Parser(parents=[method], add_help=False, allow_abbrev=False)
+    row.add_argument("--adapter", choices=("full", "lora", "ha-lora"))
+    row.add_argument("--gated", action="store_true")
+
+    datasets = common.dataset_names("domains")
+    command = runs.command_parser("headpurify", __doc__, method, datasets, ROWS, MODES, STUDIES)
+    flag = functools.partial(runs.flag, command.add_argument_group("of all rows"))
+    flag("target", str, "sketch", "held-out domain: its name, start or number, or all")
+    flag("templates", [runs.template], ["a photo of a {}."], "prompts, averaged; or: ensemble")
+    flag("class-features", str, None, "FILE.npy (C, D) of any prompt method, for --prompt file")
+    flag("compile", bool, False, "compile the tower's training pass; with --mmd-at output")
+    return command, row
+
+
+def preset(args) -> dict:
+    """Defaults that depend on other flags."""
+    defaults = {"prompt": "file"} if args.class_features and args.study != "prompts" else {}
+    if args.model == "tiny":
+        defaults |= {"epochs": 4, "lr": 3e-3, "full_lr": 1e-3}
+    return defaults
+
+
+def settings(argv=None) -> tuple:
+    """The command line, or argv, and {row: its settings}."""
+    command, row_parser = parsers()
+    args = runs.read_command(command, preset, STUDIES, argv)
     if args.study == "prompts" and not args.class_features:
         args.modes = [row for row in args.modes if "file" not in row]
-    args = common.settle(args)
-    if args.class_features and "file" not in {row.prompt for row in args.rows.values()}:
-        raise common.InputError("--class-features has no effect without --prompt file")
-    if args.compile and {row.mmd_at for row in args.rows.values()} != {"output"}:
-        raise common.InputError("--compile hides what layers hand on: it needs --mmd-at output")
-    if args.drop and args.study != "drop-heads":
-        raise common.InputError("--drop has no effect without --study drop-heads")
-    if args.figures and not args.rows[args.modes[-1]].gated:
-        raise common.InputError(f"--figures needs gates in the last row, not {args.modes[-1]}")
-    return args
+    rows = runs.read_rows(row_parser, args, ROWS)
+    for name, row in rows.items():
+        if row.prompt == "file" and not args.class_features:
+            raise common.InputError(f"--modes {name} needs --class-features FILE.npy")
+        if args.compile and row.mmd_at != "output":
+            raise common.InputError("--compile hides what layers hand on: give --mmd-at output")
+    return args, rows
 
 
 # ---------- main ---------------------------------------------------------------------------------
-def compare(args, task, run) -> None:
-    """Train and test every row. The last is exported and analysed before it counts as finished."""
-    clip, seed = args.clip, run.record["seed"]
-    common.check_batch_sizes(args.rows, task.train)
-    for name, row in args.rows.items():
+def compare(args, rows: dict, clip, task, run, seed: int) -> None:
+    """Train and test every row. The last one is exported."""
+    for name, row in rows.items():
         if name in run.rows:
             continue
         class_features = prompt_features(clip, task, row, seed)  # (C, D)
         visual, learnt = clip.visual, {}
         if row.adapter or row.gated:
             start = time.perf_counter()
-            saved = (run.state or {}).get(name)
-
-            def save(state, trained, name=name):
-                run.save({name: state}, trained)
-
-            visual, learnt = train(clip, class_features, task, row, seed, saved, save)
+            visual, learnt = train(clip, class_features, task, row, seed, run)
             seconds = time.perf_counter() - start
-            run.extra[name] = learnt
             print(f"{name}: {learnt['parameters']:,} parameters trained in {seconds:.0f} s")
         classify = common.clip_classifier(visual, class_features, row.precision)
-        measures = common.evaluate(classify, task.tests, row.device, row.workers)
-        if learnt and row.watch_target:
+        metrics = common.evaluate(classify, task.tests, row.device, row.workers)
+        if learnt and row.model == "tiny":
             # of other checkpoints; the oracle bounds what choosing one can gain
-            targets = [found["target"] for found in learnt["history"]]
-            measures |= {"target, last": targets[-1], "target, oracle": max(targets)}
+            targets = [point["target"] for point in learnt["history"]]
+            metrics |= {"target, last": targets[-1], "target, oracle": max(targets)}
         if name == args.modes[-1]:
             common.export_clip(clip, run.folder / "model", class_features, task.classes, visual)
             if row.gated:
-                gates = torch.tensor(learnt["gates"])  # (layers, heads)
-                look_at_heads(args, task, run, visual, gates, class_features)
-        run.add(name, measures)
+                show_gates(name, torch.tensor(learnt["gates"]), run.folder)
+        run.add(name, metrics, learnt)
+    if args.figures:
+        plot_interference([run.record], run.folder / "interference.png")
 
 
-def look_at_heads(args, task, run, visual, gates, class_features) -> None:
-    """What the last row's gates are, and what --study drop-heads and --figures ask for."""
-    name, seed = args.modes[-1], run.record["seed"]
-    path = run.folder / "gates.png"
-    common.plot_heat(gates, f"gates of {name}", "head", "layer", path, center=1)
+def show_gates(name: str, gates: torch.Tensor, folder) -> None:
+    """Gates (layers, heads) as a picture and in a line."""
+    path = folder / "gates.png"
+    tables.plot_heat(gates, f"gates of {name}", "head", "layer", path, center=1)
     spread = f"{gates.min():.2f} to {gates.max():.2f}, standard deviation {gates.std():.2f}"
     print(f"{name}: gates from {spread}")
-    if args.study == "heads":
-        row = args.rows[name]
-        run.extra["heads"] = study_heads(args.clip, class_features, task, row, gates, seed)
-    if args.study == "drop-heads":
-        row = args.rows[name]
-        curves = drop_curves(args.clip, visual, gates, class_features, task, row, seed)
-        run.extra["drop"] = curves
-    if args.figures:
-        analyse(args, task, run, visual, gates, class_features)
-
-
-def by_layer(record: dict) -> dict[str, dict]:
-    """A view of a record: how alike the updates of two heads are; see `interference`."""
-    rows = {}
-    for row, learnt in record["extra"].items():
-        if learnt.get("interference"):
-            rows[row] = dict(enumerate(learnt["interference"], start=1))
-    return rows
-
-
-def by_dropped(record: dict, test: str) -> dict[str, dict]:
-    """A view of a record: an order of heads in place of a row, a number of them of a measure."""
-    rows = {}
-    for order, curve in record["extra"]["drop"].items():
-        dropped = map(str, curve["dropped"])
-        rows[order] = dict(zip(dropped, curve[test]))
-    return rows
-
-
-def report_study(args, records: list[dict]) -> None:
-    """Curves over layers and over dropped heads."""
-    path = args.summary.with_suffix("")
-    layers = [{**record, "rows": by_layer(record)} for record in records]
-    panels = {"updates of two heads": layers}
-    common.plot_curves(panels, "layer", "|cosine|", f"{path}-interference.png")
-    if args.study == "drop-heads":
-        panels = {}
-        for test in ("hold-out", "target"):
-            panels[test] = [{**record, "rows": by_dropped(record, test)} for record in records]
-            print("\n" + common.table(f"{test}, %, heads dropped:", panels[test]))
-        common.plot_curves(panels, "dropped heads", "accuracy", f"{path}-curves.png")
-    if args.study == "heads":
-        report_heads(records, path)
-    print(f"More pictures are in {path}-*.png")
 
 
 def main():
-    args = settings()
-    data = args.dataset, args.data_root, args.seeds[0], args.cue
-    domains = common.load_domains(*data, skip_broken=args.skip_broken)
+    args, rows = settings()
+    domains = common.load_domains(args.dataset, args.data_root, args.seeds[0], args.cue)
     targets = common.choose_targets(args.target, [domain.name for domain in domains])
-    args.clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
-    augment = common.training_transform(args.clip, args.dataset)
-    blocks(args.clip.visual)  # is this a ViT?
-    head_places(args.clip.visual, args.drop or [])  # are these heads?
+    clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
+    augment = common.training_transform(clip, args.dataset)
+    blocks(clip.visual)  # is this a ViT?
     if args.class_features:  # are they these classes'?
-        common.read_class_features(args.class_features, args.clip, domains[0].images.classes)
+        classes = domains[0].images.classes
+        prompts.read_class_features(args.class_features, clip, classes)
     records = []
     for seed in args.seeds:
         if args.dataset.startswith("tiny-") and seed != args.seeds[0]:  # real data have no seed
             domains = common.load_domains(args.dataset, args.data_root, seed, args.cue)
         for target in targets:
             print(f"\n{args.dataset}, target {target}, seed {seed}", flush=True)
-            with common.open_run(args, target, seed) as run:
-                if not run.complete:
-                    task = common.leave_one_out(domains, target)
-                    folder = common.cache_folder(args)
-                    task = task.transformed(augment, args.clip.preprocess, folder)
-                    compare(args, task, run)
+            run = runs.Run(args, target, seed)
+            if not run.finished:
+                task = common.leave_one_out(domains, target)
+                task = task.transformed(augment, clip.preprocess)
+                compare(args, rows, clip, task, run, seed)
+                run.finish()
             records.append(run.record)
-    result = common.report(args, records)
-    chosen = "Checkpoints are chosen on the hold-out"
-    print(f"{chosen}, the oracle's on the target." if args.watch_target else f"{chosen}.")
+    tables.report(args, records)
+    oracle = ", the oracle's on the target" if args.model == "tiny" else ""
+    print(f"Checkpoints are chosen on the hold-out{oracle}.")
     if args.study:
-        report_study(args, records)
-    return result
+        path = args.summary.with_suffix("")
+        plot_interference(records, f"{path}-interference.png")
 
 
 if __name__ == "__main__":
-    common.command(main)
+    runs.command(main)

@@ -28,9 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from support.adapters import Adapter, Probe, TipAdapter
-from support.quality import nearest, synthesis_quality
-from support.words import WATERBIRDS, WORDS, subjects, text_features
+from common import adapters, captions, prompts, runs, tables
 
 
 # ---------- Step 1: what a synthesised feature should be -----------------------------------------
@@ -148,7 +146,7 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
     """The `Mapper` of the epoch with the lowest noise-free loss on the hold-out, frozen.
 
     train, holdout: features, labels, text_source, text_target of all images, see `mapper_loss`.
-    Raises: InputError if no loss on the hold-out is a number.
+    Raises: InputError if the loss is not finite.
     """
     torch.manual_seed(seed)
     features, labels, *_ = train
@@ -156,18 +154,17 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
     weights = balanced(labels, len(class_features))
     fused = features.device.type == "cuda"
     options = {"lr": row.mapper_lr, "weight_decay": row.weight_decay, "fused": fused}
-    watched = common.Steps(torch.optim.AdamW(mapper.parameters(), **options))
+    optimizer = torch.optim.AdamW(mapper.parameters(), **options)
     lowest, best = float("inf"), None
     for epoch in range(1, row.mapper_epochs + 1):
         order = torch.randperm(len(features))
-        for place, some in enumerate(order.split(row.batch_size), start=1):
-            batch = [values[some] for values in train]
+        for indices in order.split(row.batch_size):
+            batch = [values[indices] for values in train]
             loss = mapper_loss(row, mapper, batch, class_features, scale, row.sigma, weights)
-            watched.optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            where = f"the mapper's (--mapper-lr) epoch {epoch}, batch {place} of seed {seed}"
-            watched.take(loss, where)
-        watched.check()
+            optimizer.step()
+        common.check_finite(loss, f"the mapper (--mapper-lr), epoch {epoch}", row.mapper_lr)
         loss = holdout_loss(row, mapper, holdout, class_features, scale, weights)
         if loss < lowest:
             lowest, best = loss, copy.deepcopy(mapper.state_dict())
@@ -183,26 +180,28 @@ def holdout_loss(row, mapper, holdout, class_features, scale, class_weights) -> 
     """`mapper_loss` without noise, its mean over batches of 1,024: the pairs of all images at once
     would need memory that grows with the square of their number."""
     count, total = len(holdout[0]), 0.0
-    for some in torch.arange(count).split(1024):
-        batch = [values[some] for values in holdout]
+    for indices in torch.arange(count).split(1024):
+        batch = [values[indices] for values in holdout]
         loss = mapper_loss(row, mapper, batch, class_features, scale, 0, class_weights)
-        total += len(some) / count * loss.item()
+        total += len(indices) / count * loss.item()
     return total
 
 
-def synthesise(row, clip, targets, train, holdout, class_features, seed) -> dict:
+def synthesise(row, clip, targets, train, holdout, class_features, seed, cache=None) -> dict:
     """Step 1, {target: its `Features`}, made from those of the training images of some classes, in
-    their order and with their labels. train, holdout: `Features`; targets: see `load_tasks`."""
-    made = {}
+    their order and with their labels. train, holdout: `Features`; targets: see `load_tasks`; cache:
+    captions that other rows may use."""
+    cache = {} if cache is None else cache
+    synthesised = {}
     for name, (source_words, target_words, classes) in targets.items():
         parts = []
-        for own in (train, holdout):
-            captions = subjects(row, clip, own, source_words)  # "red dog on grass"
-            text_source = text_features(clip, source_words, captions)  # T(s_i)  (N, D)
-            text_target = text_features(clip, target_words, captions)  # T(t_i)  (N, D)
-            chosen = of_classes(own.labels, classes)
-            values = own.features, own.labels, text_source, text_target
-            parts.append([value[chosen] for value in values])
+        for real in (train, holdout):
+            subjects = image_subjects(row, clip, real, source_words, cache)  # "red dog on grass"
+            text_source = captions.text_features(clip, source_words, subjects)  # T(s_i)  (N, D)
+            text_target = captions.text_features(clip, target_words, subjects)  # T(t_i)  (N, D)
+            indices = of_classes(real.labels, classes)
+            values = real.features, real.labels, text_source, text_target
+            parts.append([value[indices] for value in values])
         features, labels, text_source, text_target = parts[0]
         if row.direction == "additive":
             moved = F.normalize(features + text_target - text_source, dim=-1)
@@ -210,8 +209,41 @@ def synthesise(row, clip, targets, train, holdout, class_features, seed) -> dict
             mapper = train_mapper(row, *parts, class_features, clip.logit_scale, seed)
             moved = mapper(features)
         images = train.images.subset(of_classes(train.labels, classes))
-        made[name] = Features(images, moved, labels, features)
-    return made
+        synthesised[name] = Features(images, moved, labels, features)
+    return synthesised
+
+
+def image_subjects(row, clip, real, description: str, cache: dict) -> list[str]:
+    """What each image of a described domain shows, in words: "red dog on grass". In the paper a
+    captioner says it; by default it is the class with CLIP's nearest phrases (our choice)."""
+    classes = [name.replace("_", " ") for name in real.images.classes]
+    names = [classes[label] for label in real.labels]
+    if row.captioner == "template":
+        return names
+    if row.captioner == "retrieval":
+        words = json.loads(captions.WORDS.read_text())
+        groups = words["phrases of the tiny CLIP" if row.model == "tiny" else "phrases"]
+        if row.dataset in WATERBIRDS:  # where the place is the domain
+            groups = {group: phrases for group, phrases in groups.items() if group != "place"}
+        data = real.features, real.labels, classes
+        texts = captions.retrieve_captions(clip, *data, description, groups)
+    elif row.captioner == "file":
+        kind, _, folder = row.dataset.rpartition(":")
+        root = folder if kind == "folder" else row.data_root
+        texts = captions.read_captions(row.caption_file, real.images.images, root)
+    else:
+        texts = coca_captions(real.images, clip.device, cache)
+    return [captions.subject(text, name) for text, name in zip(texts, names)]
+
+
+def coca_captions(images, device, cache: dict) -> list[str]:
+    """Captions by CoCa, once for all rows. Raises: InputError for drawn images."""
+    if isinstance(images.images, torch.Tensor):
+        raise common.InputError("--captioner coca reads image files, and tiny data are drawn")
+    key = "CoCa", images.images.tobytes()
+    if key not in cache:
+        cache[key] = captions.coca_captions(images.images.tolist(), device)
+    return cache[key]
 
 
 # ---------- Step 2: what learns from the features ------------------------------------------------
@@ -221,15 +253,17 @@ def make_classifier(row, clip, class_names, class_features, features, labels):
     Args: class_features T (C, D); features, labels: all that are learnt from.
     """
     T, scale = class_features, clip.logit_scale
+    if row.zero_shot:
+        return adapters.Probe(T.clone(), scale)
     if row.finetune == "adapter":
-        return Adapter(T, scale)
+        return adapters.Adapter(T, scale)
     if row.finetune == "tip-adapter":
-        return TipAdapter(T, scale, features, labels)
+        return adapters.TipAdapter(T, scale, features, labels)
     if row.finetune == "coop":
-        return common.CoOp(clip, class_names)
+        return prompts.CoOp(clip, class_names)
     if row.finetune == "probe-random":
-        return Probe(F.normalize(torch.randn_like(T), dim=-1), scale)
-    return Probe(T.clone(), scale)  # "zero-shot" is the probe before it learns
+        return adapters.Probe(F.normalize(torch.randn_like(T), dim=-1), scale)
+    return adapters.Probe(T.clone(), scale)
 
 
 def fine_tune(row, clip, class_names, class_features, sets, seed):
@@ -240,13 +274,13 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
 
     Args: sets: (features (n, D), labels (n,)) of the source, then of every synthesised domain.
     Returns: a function, features (B, D) -> logits (B, C).
-    Raises: InputError at a loss, gradient or weight that is not finite.
+    Raises: InputError if the loss is not finite.
     """
     torch.manual_seed(seed)
     features, labels = (torch.cat(values) for values in zip(*sets))
     model = make_classifier(row, clip, class_names, class_features, features, labels)
-    classify = model.logits if row.finetune == "coop" else model
-    if row.finetune == "zero-shot":
+    classify = model.logits if isinstance(model, prompts.CoOp) else model
+    if row.zero_shot:
         return classify
     with_tiny_clip, with_others = LEARNING_RATES[row.finetune]
     lr = row.lr or (with_tiny_clip if row.model == "tiny" else with_others)
@@ -254,17 +288,15 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
     options = {"weight_decay": row.weight_decay, "fused": features.device.type == "cuda"}
     optimizer = torch.optim.AdamW(model.parameters(), lr, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.epochs * steps)
-    watched = common.Steps(optimizer)
-    for epoch in range(1, row.epochs + 1):
+    for _ in range(row.epochs):
         order = torch.randperm(len(labels))
-        for place, some in enumerate(order.tensor_split(steps), start=1):
-            loss = F.cross_entropy(classify(features[some]), labels[some])
+        for indices in order.tensor_split(steps):
+            loss = F.cross_entropy(classify(features[indices]), labels[indices])
             optimizer.zero_grad()
             loss.backward()
-            where = f"{row.finetune}'s (--lr) epoch {epoch}, batch {place} of seed {seed}"
-            watched.take(loss, where)
+            optimizer.step()
             schedule.step()
-    watched.check()
+    common.check_finite(loss, f"{row.finetune} (--lr), the last step", lr)
     return classify
 
 
@@ -290,20 +322,20 @@ def encode(clip, images, workers, cache):
 
 
 def of_classes(labels, classes):
-    """Places (n,) of the images of these classes."""
-    chosen = torch.isin(labels.cpu(), torch.tensor(classes))
-    return chosen.nonzero()[:, 0]
+    """Indices (n,) of the images of these classes."""
+    inside = torch.isin(labels.cpu(), torch.tensor(classes))
+    return inside.nonzero()[:, 0]
 
 
 @torch.no_grad()
-def accuracy(classify, own) -> float:
-    hits = classify(own.features).argmax(1) == own.labels
+def accuracy(classify, real) -> float:
+    hits = classify(real.features).argmax(1) == real.labels
     return hits.double().mean().item()
 
 
 def accuracies(classify, holdout, source, targets) -> dict[str, float]:
     """On the hold-out, the source, the targets (mean), both (mean), and each target; in [0, 1]."""
-    each = {f"target/{name}": accuracy(classify, own) for name, own in targets.items()}
+    each = {f"target/{name}": accuracy(classify, real) for name, real in targets.items()}
     on_source = accuracy(classify, source)
     on_targets = float(np.mean(list(each.values())))
     return {
@@ -315,11 +347,84 @@ def accuracies(classify, holdout, source, targets) -> dict[str, float]:
     }
 
 
-def plot_neighbours(made, real, path, columns=12):
+# ---------- How good synthesised features are ----------------------------------------------------
+def nearest(features, among) -> torch.Tensor:
+    """For each feature (n, D) the index (n,) of the most similar one among (N, D)."""
+    size = min(1024, max(1, 2**26 // len(among)))  # at most 256 MiB of cosines at a time
+    indices = [(part @ among.T).argmax(1) for part in features.split(size)]
+    return torch.cat(indices)
+
+
+def class_means(features, labels, classes):
+    return torch.stack([features[labels == c].mean(0) for c in classes])  # (C, D)
+
+
+def spread(real):
+    """Mean distance of two features of the same class, at most 999 of each; mean over classes."""
+    distances = []
+    for c in real.labels.unique():
+        same = real.features[real.labels == c][:999]
+        if len(same) > 1:
+            distances.append(torch.pdist(same).mean().cpu())
+    return np.mean(distances)
+
+
+def synthesis_quality(synthesised, source, targets) -> dict[str, float]:
+    """What synthesised features are like, averaged over the targets.
+
+    move           mean length |M(f) - f|
+    to real shift  cosine of a class's mean move with the difference of its real target and source
+    spread         mean distance of two of the same class; `real spread` that of real ones
+    distinct       different images among the nearest real target images, as a share of the most
+    right class, right domain, both: of the nearest among all real images, source and targets
+    """
+    results = {}
+    for name, real in targets.items():
+        metrics = quality_of_moves(synthesised[name], source, real)
+        metrics |= quality_of_neighbours(synthesised[name], name, source, targets)
+        for measure, value in metrics.items():
+            results.setdefault(measure, []).append(float(value))
+    return {measure: float(np.mean(values)) for measure, values in results.items()}
+
+
+def quality_of_moves(own, source, real) -> dict:
+    classes = [c for c in own.labels.unique() if c in real.labels and c in source.labels]
+    shift = class_means(real.features, real.labels, classes)
+    shift = shift - class_means(source.features, source.labels, classes)
+    move = own.features - own.start
+    cosines = F.cosine_similarity(class_means(move, own.labels, classes), shift)
+    return {
+        "move": move.norm(dim=1).mean(),
+        "to real shift": cosines.mean(),
+        "spread": spread(own),
+        "real spread": spread(real),
+    }
+
+
+def quality_of_neighbours(own, target: str, source, targets) -> dict:
+    real = targets[target]
+    different = nearest(own.features, real.features).unique()
+    pool = [source, *targets.values()]
+    features = torch.cat([part.features for part in pool])
+    labels = torch.cat([part.labels for part in pool])
+    domains = [torch.full_like(part.labels, i) for i, part in enumerate(pool)]
+    image = nearest(own.features, features)
+    right_class = labels[image] == own.labels
+    right_domain = torch.cat(domains)[image] == 1 + list(targets).index(target)
+    both = right_class & right_domain
+    return {
+        "distinct": len(different) / min(len(own.labels), len(real.labels)),
+        "right class": right_class.double().mean(),
+        "right domain": right_domain.double().mean(),
+        "both": both.double().mean(),
+    }
+
+
+def plot_neighbours(synthesised, real, path, columns=12):
     """Figure 4: source images, and below them the real target images nearest to what each row made
     of them. Frames: red, wrong class; blue, the same image as in a column before."""
     pictures, frames = {}, {}
-    for row, own in made.items():
+    for row, own in synthesised.items():
         chosen = torch.linspace(0, len(own.labels) - 1, columns).long().tolist()
         images = nearest(own.features[chosen], real.features).tolist()
         pictures["source"] = [own.images.picture(i) for i in chosen]
@@ -333,21 +438,16 @@ def plot_neighbours(made, real, path, columns=12):
     common.plot_images(pictures, path, frames=frames)
 
 
-def write_pictures(args, folder, made, train, targets):
-    """Figure 4 for each target, and with --figures all features, for pictures of your own."""
-    arrays = {"source": train.features.cpu()}
+def write_pictures(folder, synthesised: dict, targets: dict) -> None:
+    """Figure 4 for each target. synthesised: {row: {target: `Features`}}."""
     for target, real in targets.items():
-        rows = {row: own[target] for row, own in made.items() if own}
-        if rows and not args.study:
+        rows = {row: features[target] for row, features in synthesised.items() if features}
+        if rows:
             plot_neighbours(rows, real, folder / f"neighbours-{common.slug(target)}.png")
-        arrays[target] = real.features.cpu()
-        for row, own in rows.items():
-            arrays[f"{target}, {row}"] = own.features.cpu()
-    if args.figures:
-        common.write_arrays(folder / "analysis.npz", **arrays)
 
 
 # ---------- Who may see what, and when -----------------------------------------------------------
+WATERBIRDS = ("tiny-waterbirds", "waterbirds")
 # in Waterbirds the place is the domain: which place a target is made from, and which birds
 OTHER_PLACE = {"water": ("land", [0]), "land": ("water", [1])}
 
@@ -356,8 +456,8 @@ def read_domains(args, seed) -> list[common.Domain]:
     """All domains. Images in files are not read here."""
     data = args.dataset, args.data_root, seed, args.cue
     if args.dataset not in WATERBIRDS:
-        return common.load_domains(*data, WATERBIRDS, args.skip_broken)
-    parts = common.load_parts(*data, skip_broken=args.skip_broken)
+        return common.load_domains(*data)
+    parts = common.load_parts(*data)
     train, test = parts["train"], parts["test"]
     usual = common.Domain("usual places", of_groups(train, 0, 3), of_groups(test, 0, 3))
     water = common.Domain("water", of_groups(test, 1))  # landbirds there
@@ -416,49 +516,57 @@ def load_tasks(args, seed):
 
 
 # ---------- Training and tests -------------------------------------------------------------------
-def train_and_test(args, clip, task, targets, run, seed, cache) -> None:
+def train_and_test(args, rows: dict, clip, task, targets, run, seed, cache) -> None:
     """All rows for one source and seed."""
     read = functools.partial(encode, clip, workers=args.workers, cache=cache)
     train = read(*task.train.values())
     holdout = read(*task.tests["hold-out"].values())
     class_features = clip.class_features(task.classes, args.templates)  # (C, D)
-    shared, made, classify = {}, {}, {}
-    for name, row in args.rows.items():
+    shared, synthesised, classify = {}, {}, {}
+    for name, row in rows.items():
         step_1 = tuple(getattr(row, setting) for setting in STEP_1)
         if step_1 not in shared:  # by rows that differ in step 2 only
             features = {}
             if row.direction != "none":
-                features = synthesise(row, clip, targets, train, holdout, class_features, seed)
+                data = train, holdout, class_features
+                features = synthesise(row, clip, targets, *data, seed, cache)
             shared[step_1] = features
-        made[name] = shared[step_1]
-        sets = [(own.features, own.labels) for own in (train, *made[name].values())]
+        synthesised[name] = shared[step_1]
+        sets = [(part.features, part.labels) for part in (train, *synthesised[name].values())]
         classify[name] = fine_tune(row, clip, task.classes, class_features, sets, seed)
 
     # Everything is learnt. Only now images of the targets are read.
     source = read(*task.tests["source"].values())
     real = {name: read(images) for name, images in task.tests["target"].items()}
-    write_pictures(args, run.folder, made, train, real)
+    if args.figures or not args.study:
+        write_pictures(run.folder, synthesised, real)
     run.extra["synthesised"] = {}
-    for name in args.rows:
-        if made[name]:
-            run.extra["synthesised"][name] = synthesis_quality(made[name], source, real)
+    for name in rows:
+        if synthesised[name]:
+            quality = synthesis_quality(synthesised[name], source, real)
+            run.extra["synthesised"][name] = quality
         run.add(name, accuracies(classify[name], holdout, source, real))
 
 
 # ---------- What the paper compares --------------------------------------------------------------
 # A name stands for settings; a row may lay its own over them: "ldfs/sigma=0.1".
-NOT_LDFS = {"captioner": "template", "sigma": 0.0, "pairwise": 0.0, "reach": 0.0}
+NOT_LDFS = "--captioner template --sigma 0 --pairwise 0 --reach 0"
 ROWS = {
-    "zero-shot": {"direction": "none", "finetune": "zero-shot"},
-    "plain": {"direction": "none"},  # what --finetune learns from the source alone
-    "text": {**NOT_LDFS, "direction": "additive"},
-    "lads": {**NOT_LDFS, "direction": "global", "consistency": 1.0, "mapper": "lads"},
-    "ldfs": {},
+    "zero-shot": "--direction none --zero-shot",
+    "plain": "--direction none",  # what --finetune learns from the source alone
+    "text": f"{NOT_LDFS} --direction additive",
+    "lads": f"{NOT_LDFS} --direction global --consistency 1 --mapper lads",
+    "ldfs": "",
 }
 MODES = list(ROWS)
 # --finetune: learning rate with the tiny CLIP (chosen on source hold-outs), with others (untested)
-LEARNING_RATES = {"probe": (3e-3, 1e-3), "probe-random": (1e-2, 1e-3), "adapter": (1e-2, 1e-3)}
-LEARNING_RATES |= {"coop": (3e-3, 2e-3), "tip-adapter": (1e-3, 1e-3)}
+LEARNING_RATES = {
+    "probe": (3e-3, 1e-3),
+    "probe-random": (1e-2, 1e-3),
+    "adapter": (1e-2, 1e-3),
+    "coop": (3e-3, 2e-3),
+    "tip-adapter": (1e-3, 1e-3),
+}
 LOSSES = ["plain", "ldfs/direction=global/sigma=0/pairwise=0", "ldfs/sigma=0/pairwise=0"]
 LOSSES += ["ldfs/pairwise=0", "ldfs/sigma=0", "ldfs", "ldfs/reach=0", "ldfs/consistency=1"]
 LOSSES += ["ldfs/consistency=1/temperature=clip", "lads", "lads/temperature=clip"]
@@ -470,77 +578,92 @@ STUDIES = {
 }
 for method in LEARNING_RATES:
     STUDIES["finetune"] += [f"{row}/finetune={method}" for row in ("plain", "lads", "ldfs")]
-
-# ---------- Settings: name, kind, default, default with the tiny CLIP, help ----------------------
-CAPTIONERS = ("retrieval", "template", "file")
-DIRECTIONS = ("local", "global", "additive", "none")
-number = common.at_least(0, float)
-count = common.at_least(1)
-SETTINGS = [
-    ("captioner", CAPTIONERS, "retrieval", "retrieval", "CLIP's nearest phrases, class name, file"),
-    ("caption-file", Path, None, None, 'JSON {"path below the data root": "caption"}'),
-    ("direction", DIRECTIONS, "local", "local", "of captions (published), class (LADS), unlearnt"),
-    ("sigma", number, 0.03, 0.1, "noise on each coordinate of a text feature (our choice)"),
-    ("pairwise", number, 1.0, 1.0, "weight of the pairwise regularizer (our choice)"),
-    ("consistency", number, 0.0, 0.0, "weight of LADS' class consistency (published: 1)"),
-    ("temperature", ("none", "clip"), "none", "none", "of its cosines (none in LADS' code)"),
-    ("mapper", ("residual", "lads"), "residual", "residual", "lads: without residual path"),
-    ("reach", number, 1.0, 1.0, "least move, in lengths of its caption's (our choice)"),
-    ("hidden", count, 384, 384, "width of the mapper (published for LADS)"),
-    ("mapper-epochs", count, 50, 50, "the best on the hold-out counts (as LADS)"),
-    ("mapper-lr", common.positive, 1e-3, 1e-3, "of AdamW (in LADS' range)"),
-    ("weight-decay", number, 0.005, 0.005, "of AdamW in both steps (as LADS)"),
-    ("batch-size", count, 256, 256, "source images in a step, in both steps (as LADS)"),
-    ("finetune", tuple(LEARNING_RATES), "probe", "probe", "what learns from the features"),
-    ("epochs", count, 60, 60, "passes over the source images (our choice)"),
-    ("lr", common.positive, None, None, "of AdamW, then a cosine (by --finetune: LEARNING_RATES)"),
-]
 STEP_1 = """captioner caption_file direction sigma pairwise consistency temperature mapper reach
 hidden mapper_epochs mapper_lr weight_decay batch_size""".split()
-SOURCE = "labelled domain, or all in turn (officehome: Real World; domainnet, -mini: sketch)"
-SEEN = [
-    ("source", str, "photo", "photo", SOURCE),
-    ("targets", [str], None, None, "domains known by name; only tests see them (all others)"),
-    ("descriptions", [str], [], [], "NAME=TEXT: a domain's words (assets/words.json)"),
-    common.TEMPLATES,
-]
-SOURCES = {"officehome": "Real World", "domainnet": "sketch", "domainnet-mini": "sketch"}
-OF_MAPPER = "sigma pairwise consistency temperature mapper reach hidden mapper-epochs mapper-lr"
-NEEDS = dict.fromkeys(OF_MAPPER.split(), "lads|ldfs")  # {setting: rows that it has an effect on}
-NEEDS |= dict.fromkeys(("finetune", "epochs", "lr"), "plain|text|lads|ldfs")
-METHOD = common.Method("ldfs", SETTINGS, ROWS, STUDIES, NEEDS)
 
 
-def settings(argv=None):
-    """The command line, or argv, checked; `descriptions` becomes {slug of a domain: its words}."""
+# ---------- The command line ---------------------------------------------------------------------
+def parsers() -> tuple:
+    """The parser of the command line, and the parser of a row's settings."""
+    method = runs.Parser(add_help=False)
+    flag = functools.partial(runs.flag, method.add_argument_group("method and training"))
+    whole, number, positive = runs.at_least(1), runs.at_least(0, float), runs.positive
+    captioners = ("retrieval", "template", "coca", "file")
+    flag("captioner", captioners, "retrieval", "CLIP's nearest phrases, class name, CoCa, a file")
+    flag("caption-file", Path, None, 'JSON {"path below the data root": "caption"}, and its choice')
+    directions = ("local", "global", "additive", "none")
+    flag("direction", directions, "local", "of captions (published), class (LADS), unlearnt, none")
+    flag(
+        "sigma", number, 0.03, "noise on a text feature's coordinates (our choice; tiny CLIP: 0.1)"
+    )
+    flag("pairwise", number, 1.0, "weight of the pairwise regularizer (our choice)")
+    flag("consistency", number, 0.0, "weight of LADS' class consistency (published: 1)")
+    flag("temperature", ("none", "clip"), "none", "of its cosines (none in LADS' code)")
+    flag("mapper", ("residual", "lads"), "residual", "lads: without residual path")
+    flag("reach", number, 1.0, "least length of a move, in lengths of its caption's (our choice)")
+    flag("hidden", whole, 384, "width of the mapper (published for LADS)")
+    flag("mapper-epochs", whole, 50, "of which the best on the hold-out counts (as LADS)")
+    flag("mapper-lr", positive, 1e-3, "of AdamW (in LADS' range)")
+    flag("weight-decay", number, 0.005, "of AdamW in both steps (as LADS)")
+    flag("batch-size", whole, 256, "source images in a step, in both steps (as LADS)")
+    flag("finetune", tuple(LEARNING_RATES), "probe", "what learns from the features")
+    flag("epochs", whole, 60, "passes over the source images (our choice)")
+    rates = [f"{name} {lr:g}, {other:g}" for name, (lr, other) in LEARNING_RATES.items()]
+    text = f"of AdamW, then a cosine (default with the tiny CLIP, with others: {'; '.join(rates)})"
+    flag("lr", positive, None, text)
+    row = runs.Parser(parents=[method], add_help=False, allow_abbrev=False)
+    row.add_argument("--zero-shot", action="store_true")
+
     datasets = [*common.dataset_names("domains"), *WATERBIRDS]
-    args = common.flags(METHOD, __doc__, MODES, datasets, SEEN, argv)
-    preset = {"source": SOURCES.get(args.dataset, "photo")}
+    command = runs.command_parser("ldfs", __doc__, method, datasets, ROWS, MODES, STUDIES)
+    flag = functools.partial(runs.flag, command.add_argument_group("of all rows"))
+    text = "labelled domain, or all in turn (officehome: Real World; domainnet, -mini: sketch)"
+    flag("source", str, "photo", text)
+    flag("targets", [str], None, "domains known by name; only tests see them (default: all others)")
+    flag("descriptions", [str], [], "NAME=TEXT: a domain's words (default: assets/words.json)")
+    flag("templates", [runs.template], ["a photo of a {}."], "prompts, averaged; or: ensemble")
+    return command, row
+
+
+def preset(args) -> dict:
+    """Defaults that depend on other flags."""
+    sources = {"officehome": "Real World", "domainnet": "sketch", "domainnet-mini": "sketch"}
+    defaults = {"source": sources.get(args.dataset, "photo")}
     if args.dataset in WATERBIRDS:
-        preset = {"source": "usual places"}
-        if args.source:
-            raise common.InputError(f"--source {args.source} has no effect on {args.dataset}")
-    args = common.settle(args, preset)
-    words = json.loads(WORDS.read_text())
+        defaults["source"] = "usual places"
+    if args.dataset == "tiny-waterbirds":
+        defaults["cue"] = 0.95
+    if args.model == "tiny":
+        defaults["sigma"] = 0.1
+    if args.caption_file:
+        defaults["captioner"] = "file"
+    return defaults
+
+
+def settings(argv=None) -> tuple:
+    """The command line, or argv, and {row: its settings}; args.descriptions becomes {slug of a
+    domain: its words}."""
+    command, row_parser = parsers()
+    args = runs.read_command(command, preset, STUDIES, argv)
+    words = json.loads(captions.WORDS.read_text())
     descriptions = {**words["descriptions"], **words.get(f"descriptions of {args.dataset}", {})}
-    for given in args.descriptions:
-        name, _, text = given.partition("=")
-        if not common.has_one_place(text):
-            what = f"needs {common.ONE_PLACE}"
+    for pair in args.descriptions:
+        name, _, text = pair.partition("=")
+        if not runs.has_one_place(text):
+            what = f"needs {runs.ONE_PLACE}"
             raise common.InputError(f"--descriptions: {name}={text!r} {what}")
         descriptions[common.slug(name)] = text
     args.descriptions = descriptions
-    captioned = [row for row in args.rows.values() if row.captioner == "file"]
-    if args.caption_file and not captioned:
-        raise common.InputError("--caption-file has no effect without --captioner file")
-    if not all(row.caption_file for row in captioned):
-        raise common.InputError("--captioner file needs --caption-file, JSON {path: caption}")
-    return args
+    rows = runs.read_rows(row_parser, args, ROWS)
+    for row in rows.values():
+        if row.captioner == "file" and not row.caption_file:
+            raise common.InputError("--captioner file needs --caption-file, JSON {path: caption}")
+    return args, rows
 
 
 # ---------- main ---------------------------------------------------------------------------------
 def main():
-    args = settings()
+    args, rows = settings()
     if args.model == "tiny":
         torch.set_num_threads(1)  # its matrices are too small to share
     records, clip, cache = [], None, {}
@@ -550,16 +673,16 @@ def main():
             clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
         for source, (task, targets) in tasks.items():
             print(f"{args.dataset}, from {source}, seed {seed}", flush=True)
-            with common.open_run(args, f"from {source}", seed) as run:
-                if not run.complete:
-                    train_and_test(args, clip, task, targets, run, seed, cache)
+            run = runs.Run(args, f"from {source}", seed)
+            if not run.finished:
+                train_and_test(args, rows, clip, task, targets, run, seed, cache)
+                run.finish()
             records.append(run.record)
-    result = common.report(args, records)
+    tables.report(args, records)
     quality = [{**record, "rows": record["extra"]["synthesised"]} for record in records]
     if quality[0]["rows"]:
-        print("\n" + common.table("synthesised features, %", quality))
-    return result
+        print("\n" + tables.table("synthesised features, %", quality))
 
 
 if __name__ == "__main__":
-    common.command(main)
+    runs.command(main)

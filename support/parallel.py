@@ -42,11 +42,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def slice_of_rank(size: int) -> slice:
     """This rank's part of `size` things: equal parts, in the order of ranks."""
     part = size // world_size()
@@ -103,20 +98,3 @@ def mean_over_ranks(value: torch.Tensor) -> float:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total.item() / world_size()
-
-
-# ---------- Until the small house: what runs.py, settings.py and stop.py still ask for -----------
-def launched() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def count_on_this_machine() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def from_first(value):
-    if world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]

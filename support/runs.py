@@ -1,34 +1,234 @@
-"""A run's folder: it appears when the run is complete, until then it can be continued.
+"""What every command needs: flags, rows with settings of their own, a run's folder, errors.
 
-`open_run` is the one place where runs touch the disk. A run leaves a *record* in its result.json:
-{"target", "seed", "rows": {row: {measure: number in [0, 1]}}, "extra"}.
+A *row* of a table is a name with settings behind it: `ha-lora+dig/alpha=3`. A *run* is one target
+and seed. It leaves a *record* in its result.json: {"target", "seed", "rows": {row: {measure: number
+in [0, 1]}}, "extra"}.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
+import functools
 import json
-import math
 import os
-import shutil
-import tempfile
-import time
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from support import InputError, parallel, reason, slug, stop
-from support.files import PARTIAL, write_tensors
-from support.locks import locked
-from support.weights import why_not
+from support import InputError, did_you_mean, reason, slug
+from support.parallel import init_process_group, local_rank, rank, world_size
 
-NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
-    "data_root device workers output resume seeds target source summary figures download study "
-    "method more rows clip save_every share profile"
-).split()
+
+# ---------- Flags --------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of all flags."""
+
+    def error(self, message):
+        raise InputError(message.removeprefix("argument "))
+
+
+def at_least(low: float, number: Callable = int, most: float = 1e30) -> Callable:
+    """The type of a flag: a number from `low` to `most`, whole unless `number` is float."""
+
+    def read(text: str):
+        try:
+            value = number(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not low <= value <= most:
+            kind = "a whole number" if number is int else "a number"
+            limit = f", at most {most:.10g}" if value is not None and value > most else ""
+            raise argparse.ArgumentTypeError(f"must be {kind}, at least {low}{limit}, got {text}")
+        return value
+
+    return read
+
+
+def positive(text: str) -> float:
+    """The type of a flag: a finite number above 0."""
+    value = at_least(0, float)(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """The type of a flag: a number between 0 and 1."""
+    value = at_least(0, float)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+ONE_PLACE = "{} once, where the name goes, and no other brace"
+
+
+def has_one_place(text: str) -> bool:
+    """Whether a text has exactly one {} and no other brace, which `str.format` would act on."""
+    rest = text.replace("{}", "", 1)
+    return rest != text and "{" not in rest and "}" not in rest
+
+
+def template(text: str) -> str:
+    """The type of a flag: a prompt with a place for a name, or `ensemble`."""
+    if text != "ensemble" and not has_one_place(text):
+        raise argparse.ArgumentTypeError(f"a template needs {ONE_PLACE}, got {text!r}")
+    return text
+
+
+def flag(parser, name: str, kind, default, text: str) -> None:
+    """Add the flag --name to a parser or a group of one.
+
+    kind: a function that reads a value, a tuple of choices, [kind] for several values, or bool for
+    a switch.
+    """
+    options = {"help": text.replace("%", "%%")}
+    if kind is bool:
+        parser.add_argument(f"--{name}", action="store_true", **options)
+        return
+    if default is not None:
+        options["help"] += " (default: %(default)s)"
+    if isinstance(kind, tuple):
+        options["choices"] = kind
+    elif isinstance(kind, list):
+        options |= {"type": kind[0], "nargs": "+", "metavar": "X"}
+    else:
+        options |= {"type": kind, "metavar": "X"}
+    parser.add_argument(f"--{name}", default=default, **options)
+
+
+def command_parser(script: str, doc: str, method: Parser, datasets, rows, modes, studies) -> Parser:
+    """The parser of a script's command line.
+
+    Args:
+        script, doc: the script's name and docstring.
+        method: a parser of the method's own flags, which rows may set too.
+        datasets: names for --dataset, the default first.
+        rows, modes, studies: names of all rows; the default rows; {study: its rows}.
+    """
+    form = functools.partial(argparse.RawDescriptionHelpFormatter, width=100, max_help_position=26)
+    options = {"description": doc, "formatter_class": form, "allow_abbrev": False}
+    options["usage"] = f"python {script}.py [--flag value ...]"
+    parser = Parser(parents=[method], **options)
+    parser.set_defaults(script=script)
+    data = parser.add_argument_group("what is compared, on what")
+    names = ", ".join(datasets) + " or folder:PATH" * ("pacs" in datasets)
+    flag(data, "dataset", str, datasets[0], names)
+    compared = data.add_mutually_exclusive_group()
+    text = f"rows of the table: {', '.join(rows)}; each may have settings of its own, as in "
+    text += f"{modes[-1]}/lr=1e-3; the last one is exported (default: {' '.join(modes)})"
+    compared.add_argument("--modes", nargs="+", metavar="ROW", default=modes, help=text)
+    text = "a comparison of the paper in place of --modes; it writes results/SCRIPT-STUDY-....json"
+    compared.add_argument("--study", choices=studies, help=text)
+    seed = at_least(0, most=10**9)  # random generators count on from 1000 times the seed
+    data.add_argument("--seeds", "--seed", type=seed, nargs="+", default=[0], metavar="SEED")
+    flag(data, "cue", fraction, None, "tiny data: share of images on their class's own background")
+    run = parser.add_argument_group("model, device, output")
+    flag(run, "data-root", str, "data", "folder that holds the benchmarks' folders")
+    flag(run, "model", str, None, "tiny, a name of open_clip, hf-hub:ORG/NAME or local-dir:PATH")
+    flag(run, "pretrained", str, None, "tag or file (OpenAI's weights in a FILE: NAME-quickgelu)")
+    flag(run, "device", str, "auto", "auto, cpu, cuda, cuda:1 or mps")
+    flag(run, "precision", ("auto", "fp32", "bf16", "fp16"), "auto", "auto: bf16 where a GPU can")
+    flag(run, "workers", at_least(0, most=1024), None, "processes that read images (one a core)")
+    flag(run, "output", Path, Path("runs"), "folder of all runs")
+    flag(run, "summary", Path, None, "also write the records of all runs to this JSON file")
+    flag(run, "resume", bool, False, "keep finished runs and continue interrupted ones")
+    flag(run, "figures", bool, False, "draw more pictures into the runs' folders")
+    return parser
+
+
+def read_command(parser: Parser, preset: Callable, studies: dict, argv=None) -> argparse.Namespace:
+    """Parse a command line. Nothing is loaded yet.
+
+    preset: of the flags, {name: default} of what depends on the data set, model or task.
+    Raises: InputError for values that cannot be.
+    """
+    dataset = parser.parse_args(argv).dataset
+    tiny = dataset.startswith("tiny-")
+    parser.set_defaults(model="tiny" if tiny else "ViT-B-16")
+    parser.set_defaults(workers=0 if tiny else cores(), cue=0.4)
+    parser.set_defaults(**preset(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    if len({*args.seeds}) < len(args.seeds):
+        raise InputError(f"--seeds: one is given twice, {' '.join(map(str, args.seeds))}")
+    if args.study:
+        args.modes = studies[args.study]
+        name = f"{args.script}-{args.study}-{slug(dataset)}.json"
+        args.summary = args.summary or Path("results", name)
+    if args.summary:
+        check_summary(args.summary)
+    args.device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, args.device)
+    return args
+
+
+def read_rows(parser: Parser, args: argparse.Namespace, rows: dict[str, str]) -> dict:
+    """{row: its settings} of --modes. rows: {name: the flags that make it this row}."""
+    return {text: read_row(parser, args, rows, text) for text in args.modes}
+
+
+def read_row(parser: Parser, args: argparse.Namespace, rows: dict, text: str):
+    """A row's settings: the command's, then what makes it this row, then its own.
+
+    Raises: InputError for an unknown name or setting.
+    """
+    name, *own = text.split("/")
+    if name not in rows:
+        hint = did_you_mean(name, rows)
+        raise InputError(f"--modes: no row {name!r}{hint} Choose from {', '.join(rows)}.")
+    tokens = [*rows[name].split(), *(f"--{setting}" for setting in own)]
+    try:
+        return parser.parse_args(tokens, argparse.Namespace(**vars(args), name=text))
+    except InputError as error:
+        raise InputError(f"--modes {text}: {error}") from None
+
+
+def check_summary(path: Path) -> None:
+    """Raises: InputError if no file can be written there, before hours of training."""
+    wrong = None
+    if path.is_dir():
+        wrong = "it is a folder; give a file in it"
+    elif not path.parent.is_dir():
+        wrong = f"there is no folder {path.parent}; make it first"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        wrong = "it cannot be written"
+    if wrong:
+        raise InputError(f"--summary {path}: {wrong}")
+
+
+def cores() -> int:
+    """Cores that this process may use, at most 16; shared by torchrun's ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises: InputError if there is no such device here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        hint = "use auto, cpu, cuda, cuda:1 or mps"
+        raise InputError(f"--device {name!r} cannot be used ({reason(error)}); {hint}") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = "bf16" if bf16 else "fp32"
+    if device.type == "cuda" and name != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32 where half precision would be too coarse
+    return name
 
 
 # ---------- Files --------------------------------------------------------------------------------
@@ -38,7 +238,7 @@ def write_file(path, save: Callable) -> None:
 
     Raises: InputError if it cannot be written, say on a full disk; the file before stays.
     """
-    if parallel.rank():
+    if rank():
         return
     path = Path(path)
     partial = path.with_name(f".{os.getpid()}-{path.name}")
@@ -49,7 +249,7 @@ def write_file(path, save: Callable) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own
         raise InputError(f"cannot write {path}: {reason(error)}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
 
 
 def write_json(path, value) -> None:
@@ -57,18 +257,46 @@ def write_json(path, value) -> None:
     write_file(path, lambda partial: partial.write_text(text))
 
 
-@dataclass
-class Run:
-    """One target and seed: the folder it writes, and what it has found so far."""
+def remove(path: Path) -> None:
+    """Remove a file if it is there and can be removed. Only rank 0 does."""
+    if rank() == 0 and path.is_file():
+        path.unlink()
 
-    folder: Path
-    settings: dict
-    record: dict  # {"target", "seed", "rows": {row: {measure: number}}, "extra"}
-    complete: bool = False  # nothing is to be done: it is there, or in other hands
-    state: dict | None = None  # of a row that was interrupted
-    within_row: bool = False  # does the checkpoint hold a state?
-    save_every: float = 0  # seconds between two states of a row
-    saved_at: float = -math.inf
+
+# ---------- A run --------------------------------------------------------------------------------
+NOT_OF_A_RUN = (  # what changes where and how a run goes, but none of its numbers
+    "data_root device workers output resume seeds target source summary figures download study"
+).split()
+
+
+class Run:
+    """One target and seed: a folder, and what was recorded so far.
+
+    The folder is OUTPUT/SCRIPT/[STUDY/]DATASET-[LABEL-]TARGET-seedSEED. It holds checkpoint.pt
+    until the run is finished, and result.json from then on. With --resume a finished run is read,
+    and an interrupted one goes on from its checkpoint to the same numbers; without, both files are
+    removed first.
+
+    Attributes: record; state, what a training goes on from, see `save`; finished.
+    Raises: InputError if --resume finds a run with other settings.
+    """
+
+    def __init__(self, args, target: str, seed: int, label: str = ""):
+        name = "-".join(part for part in (args.dataset, label, target, f"seed{seed}") if part)
+        self.folder = args.output / args.script / (args.study or "") / slug(name)
+        settings = {key: value for key, value in vars(args).items() if key not in NOT_OF_A_RUN}
+        settings |= {"target": target, "seed": seed}
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.record = {"target": target, "seed": seed, "rows": {}, "extra": {}}
+        self.state = {}
+        self.finished = False
+        self.result = self.folder / "result.json"
+        self.checkpoint = self.folder / "checkpoint.pt"
+        if args.resume:
+            self.load()
+        else:
+            remove(self.result)
+            remove(self.checkpoint)
 
     @property
     def rows(self) -> dict[str, dict]:
@@ -78,203 +306,64 @@ class Run:
     def extra(self) -> dict:
         return self.record["extra"]
 
-    def add(self, row: str, measures: dict[str, float], state: dict | None = None) -> None:
-        """A row is finished: print its numbers and keep them, with what others go on from."""
-        self.rows[row] = measures
-        shown = [f"{name} {100 * x:.1f}" for name, x in measures.items() if "/" not in name]
+    def add(self, row: str, metrics: dict[str, float], extra: dict | None = None) -> None:
+        """A row is finished: print its numbers in [0, 1] as %, and keep them."""
+        self.rows[row] = metrics
+        if extra:
+            self.extra.setdefault(row, {}).update(extra)
+        shown = [f"{name} {100 * x:.1f}" for name, x in metrics.items() if "/" not in name]
         print(f"{row}: {', '.join(shown)} %", flush=True)
-        self.write(state)
+        self.save(self.state)
 
-    def save(self, state: dict, trained: bool = False) -> None:
-        """Keep the state of a row that trains: if the last time was long enough ago, if only its
-        tests are left to do, or because a signal came. Raises: Stopped if one did."""
-        due = time.monotonic() - self.saved_at >= self.save_every
-        if due or trained or stop.was_asked():
-            self.write(state)
-        stop.stop_if_asked()
+    def save(self, state: dict) -> None:
+        """Replace the checkpoint. state: tensors and numbers from which a training goes on."""
+        self.state = state
+        checkpoint = {"settings": self.settings, "record": self.record, "state": state}
+        write_file(self.checkpoint, lambda path: torch.save(checkpoint, path))
 
-    def write(self, state: dict | None) -> None:
-        """Replace the checkpoint in one go: a kill while it is written leaves the one before."""
-        self.saved_at = time.monotonic()
-        if parallel.rank():
+    def finish(self) -> None:
+        """Write result.json, after which the checkpoint is not needed any more."""
+        self.record = json.loads(json.dumps(self.record))
+        write_json(self.result, {"settings": self.settings, **self.record})
+        remove(self.checkpoint)
+
+    def load(self) -> None:
+        """Fill this run with a finished or an interrupted one, if there is one."""
+        file = self.result if self.result.exists() else self.checkpoint
+        if not file.exists():
             return
-        self.within_row = bool(state)
-        saved = {"settings": self.settings, "record": self.record, "state": state}
-        write_tensors(self.folder / "checkpoint.pt", saved)
-
-    def keep(self) -> str:
-        """Of a run that does not end: keep its checkpoint, if it has one, and else nothing.
-
-        Returns: what is kept, in words.
-        """
-        if not (self.folder / "checkpoint.pt").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return ""
-        rows = len(self.rows)
-        kept = f"{rows} finished row{'s' * (rows != 1)}"
-        if self.within_row:
-            kept += " and the last checkpoint"
-        return f"kept in {self.folder}: {kept}; --resume continues"
-
-
-@contextlib.contextmanager
-def open_run(args, target: str, seed: int, label: str = ""):
-    """A run's folder, the one place where runs touch the disk.
-
-    It appears as OUTPUT/<method>/<study>/<data set>-<label>-<target>-seed<seed> when the run is
-    complete; until then it is called .<name>.partial. With --resume a complete run is read
-    (`run.complete`) and an interrupted one continued, if its settings are these. A run that fails
-    or is stopped leaves its checkpoint, if it has one, and else nothing.
-
-    A run belongs to one process at a time, see `locked`. With --share one that another process is
-    at is left to it: there is nothing to do, and its record has no rows.
-
-    Raises: InputError if the place cannot be written, is another process's, or holds a run with
-    other settings; Stopped if a signal came.
-    """
-    name = slug("-".join(part for part in (args.dataset, label, target, f"seed{seed}") if part))
-    final = args.output / args.method.name / (args.study or "") / name
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_OF_A_RUN}
-    settings = json.loads(json.dumps({**settings, "target": target, "seed": seed}, default=str))
-    record = {"target": target, "seed": seed, "rows": {}, "extra": {}}
-    folder = final.with_name(f".{name}.partial")
-    run = Run(folder, settings, record, save_every=60 * args.save_every)
-    if parallel.rank():
-        yield from follow(args, run, final)
-        return
-    lock = final.with_name(f".{name}.lock")
-    with stop.in_steps(), parents(final), locked(lock, "leave" if args.share else "refuse") as mine:
-        if not mine:
-            leave(run, final)
-            parallel.from_first(run.record)
-            yield run
-            return
-        old = final.with_name(f".{name}.old")
-        if old.exists() and not final.exists():  # a kill came while the new run took its place
-            old.rename(final)
-        shutil.rmtree(old, ignore_errors=True)  # or just after that
-        parallel.from_first(None)  # it is not in other hands
-        if args.resume:
-            resume(run, final)
-        parallel.barrier()  # for all to read what this one may replace
-        if run.complete:
-            yield run
-            return
-        make_folder(run.folder, keep=bool(run.rows or run.state))
         try:
-            yield run
-            run.record = json.loads(json.dumps(run.record))
-            write_json(run.folder / "result.json", {"settings": settings, **run.record})
-        except BaseException as error:
-            kept = run.keep()
-            # a signal to all processes also ends readers, which is a RuntimeError here
-            if stop.was_asked() and isinstance(error, (stop.Stopped, RuntimeError)):
-                raise stop.Stopped(kept or stop.RUNS_ARE_KEPT) from None
-            if kept:
-                print(kept, flush=True)
-            raise
-        if final.exists():
-            final.rename(old)
-        run.folder.rename(final)
-        (final / "checkpoint.pt").unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
-        run.folder = final
+            if file == self.result:
+                record = json.loads(file.read_text())
+                saved = {"settings": record.pop("settings"), "record": record, "state": {}}
+            else:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+            record, settings, state = saved["record"], saved["settings"], saved["state"]
+        except Exception as error:  # whatever a file that is something else makes of its readers
+            hint = "remove it, or leave --resume out"
+            raise InputError(f"--resume: cannot read {file}: {reason(error)}; {hint}") from None
+        changes = []
+        for key, value in self.settings.items():
+            if settings.get(key) != value:
+                changes.append(f"{key} {settings.get(key)!r}, now {value!r}")
+        if changes:
+            hint = "give those, or leave --resume out to start anew"
+            raise InputError(f"--resume: {file} has other settings ({'; '.join(changes)}); {hint}")
+        self.record, self.state = record, state
+        self.finished = file == self.result
+        print(f"--resume: found {file}", flush=True)
 
 
-def follow(args, run: Run, final: Path):
-    """A run in another process than the first: it writes where it is lost."""
-    left = parallel.from_first(None)
-    if left:
-        run.record, run.complete = left, True
-        yield run
-        return
-    if args.resume:
-        resume(run, final)
-    parallel.barrier()
-    with stop.in_steps(), tempfile.TemporaryDirectory() as folder:
-        run.folder = Path(folder)
-        yield run
-
-
-def leave(run: Run, final: Path) -> None:
-    """Leave a run to the process that is at it, which may only be reading a complete one."""
-    run.complete = True
-    if (final / "result.json").exists() and not run.folder.exists():
-        take_up(run, final, final / "result.json")
-    else:
-        print("left to the process that is at this run", flush=True)
-
-
-@contextlib.contextmanager
-def parents(folder: Path):
-    """Make the folders above one. Those that a failure leaves empty go again.
-
-    Raises: InputError if they cannot be made.
-    """
-    missing = [above for above in folder.parents if not above.exists()]
-    make_folder(folder.parent, keep=True)
+# ---------- A script as a command ----------------------------------------------------------------
+def command(main: Callable) -> None:
+    """Run a script's `main`. An `InputError` becomes one line and exit status 2."""
     try:
-        yield
-    except BaseException:
-        for above in missing:  # the deepest first
-            with contextlib.suppress(OSError):  # it holds other runs, or the checkpoint
-                above.rmdir()
-        raise
-
-
-def make_folder(path: Path, keep: bool) -> None:
-    """Make an empty folder; with `keep`, leave what it holds. Raises: InputError if that fails."""
-    try:
-        if path.exists() and not keep:
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = error.strerror or error
-        raise InputError(
-            f"cannot write results to {path}: {why}; choose another --output"
-        ) from None
-
-
-def resume(run: Run, final: Path) -> None:
-    """Fill a run with what an interrupted one left in its folder, or a complete one in `final`."""
-    for found in (run.folder / "checkpoint.pt", final / "result.json"):
-        if found.exists():
-            take_up(run, final, found)
-            return
-
-
-def take_up(run: Run, final: Path, found: Path) -> None:
-    """Fill a run with a checkpoint, or with a result. Raises: InputError if it is none, or has
-    other settings."""
-    complete = found.name == "result.json"
-    try:
-        if complete:
-            record = json.loads(found.read_text())
-            saved = {"settings": record.pop("settings"), "record": record, "state": None}
-        else:
-            saved = torch.load(found, map_location="cpu", weights_only=True)
-            if not parallel.rank():
-                for left in run.folder.rglob(f"{PARTIAL}*"):  # by a kill
-                    left.unlink()
-        record, before = saved["record"], saved["settings"]
-    except Exception as error:  # whatever a file that is something else makes of its readers
-        why = "no record of a run" if complete else why_not(error)
-        hint = "remove it, or leave --resume out"
-        raise InputError(f"--resume: cannot read {found}: {why}; {hint}") from None
-    changed = []
-    for key in run.settings:
-        then, now = before.get(key), run.settings[key]
-        if then != now:
-            changed.append(f"{key} {then!r}, now {now!r}")
-    if changed:
-        raise InputError(
-            f"--resume: {found} has other settings ({'; '.join(changed)}); give those, or leave "
-            "--resume out to start anew"
-        )
-    run.record, run.state, run.complete = record, saved["state"], complete
-    run.within_row = bool(run.state)
-    if run.complete:
-        run.folder = final
-        if not parallel.rank():
-            (final / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"--resume: found {found}", flush=True)
+        init_process_group()
+        main()
+    except InputError as error:
+        message = str(error).rsplit("InputError: ", 1)[-1]  # from a worker with its traceback
+        print("error:", message.strip(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -57,7 +57,7 @@ def call_main(tmp_path, monkeypatch, capsys):
         arguments = arguments.split() if isinstance(arguments, str) else arguments
         monkeypatch.setattr(sys, "argv", ["command", *arguments])
         try:
-            common.command(main)
+            common.runs.command(main)
         except SystemExit as stopped:
             assert stopped.code == 2
             return capsys.readouterr().err

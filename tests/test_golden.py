@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import common
+from support import tiny_world
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 EXACT = os.environ.get("GOLDEN_EXACT") == "1"
@@ -31,8 +32,8 @@ def small_world(monkeypatch):
     small = {name: (row[0], 16, 8) for name, row in common.TINY_BENCHMARKS.items()}
     monkeypatch.setattr(common, "TINY_BENCHMARKS", small)
     for name in ("draw_waterbirds", "draw_digits_and_vehicles"):
-        draw = functools.partial(getattr(common, name), sizes=(320, 80, 80))
-        monkeypatch.setattr(common, name, draw)
+        draw = functools.partial(getattr(tiny_world, name), sizes=(320, 80, 80))
+        monkeypatch.setattr(tiny_world, name, draw)
     yield
     torch.set_num_threads(threads)
 
