@@ -1,141 +1,192 @@
-"""Where the benchmarks' images are: readers of their layouts. `datasets.json` has a row for each.
+"""The benchmarks on disk: which files belong to them, how an image is read, `common.py data`.
 
-A reader takes the folder and the row, and returns the class names and {domain or part: [(file,
-label), ...]}; where images have groups, these come third. A new benchmark is a row, and a reader if
-its layout is new.
+`assets/datasets.json` has an entry for each benchmark: its folder, its layout and where to get it.
+A reader takes the folder and the entry, and returns the class names and {domain or part: [(file,
+label), ...]}; where images have groups, an item is (file, label, group). A new benchmark needs an
+entry, and a reader if its layout is new.
 """
 
+from __future__ import annotations
+
+import argparse
+import contextlib
 import csv
+import itertools
 import json
-from collections.abc import Callable, Iterable
+import os
+import warnings
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, MNIST
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm.auto import tqdm
 
-from support import ASSETS, InputError, slug
-from support.images import folders_in, images_below, images_by_class
-from support.tiny_world import (
-    SPURIOUS_SPLITS,
-    WATERBIRD_CLASSES,
-    spurious_digits,
-    tiny_rng,
-)
+from support import ASSETS, InputError, did_you_mean, reason, slug
+from support.report import format_table
+from support.tiny_world import SPURIOUS_SPLITS, WATERBIRD_CLASSES, spurious_digits, tiny_rng
 
 DATASETS = json.loads((ASSETS / "datasets.json").read_text())
 PARTS = ("train", "val", "test")
 
+# Pillow warns above 89 million pixels, which is harmless, and refuses images of twice that size.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-def read_dataset(name: str, root):
-    """Class names and {domain or part: [(file, label), ...]} of a row of `DATASETS`.
 
-    Raises: InputError if the folder, its lists or its images are missing or not in the layout.
+# ---------- An image -----------------------------------------------------------------------------
+def read_image(path) -> Image.Image:
+    """An image as a browser shows it: upright, in RGB with 8 bits a channel, on white.
+
+    Raises: InputError if it cannot be read.
     """
-    row = DATASETS[name]
-    path = Path(root) / row["folder"]
-    if not path.is_dir():
-        raise missing(name, path, root)
     try:
-        classes, parts = READERS[row["reader"]](path, row)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        what = f"cannot read data set {name!r} ({type(error).__name__}: {error})"
-        expected = f"expected: {layout_of(name, path)}\n  get it:   {row['source']}"
-        raise InputError(f"{what}\n  {expected}") from None
-    for part, items in parts.items():
-        if not any(Path(file).is_file() for file, *_ in items):
-            first = items[0][0] if items else ""
-            what = f"data set {name!r} has no image {first} for its part {part}"
-            raise InputError(f"{what}; expected {layout_of(name, path)}")
-    return classes, parts
+        return decode(path)
+    except Exception as error:  # every decoder has exceptions of its own
+        advice = "mend it or remove it; `python common.py data --check NAME` names all of them"
+        raise InputError(f"cannot read image {path} ({reason(error)}); {advice}") from None
 
 
-def layout_of(name: str, path: Path) -> str:
-    return DATASETS[name]["layout"].replace("PATH", str(path))
+def decode(path) -> Image.Image:
+    with Image.open(str(path)) as image:
+        image.load()
+        with contextlib.suppress(Exception):  # broken EXIF data do not tell how to turn it
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
-class Missing(InputError):
-    """A data set is not there, not even in part."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel, and white where the image is transparent."""
+    if image.mode[0] in "IF":
+        image = grey_in_8_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def missing(name: str, path, root) -> Missing:
-    """The message for a data set that is not there."""
-    row = DATASETS[name]
-    return Missing(
-        f"data set {name!r} is not in {path}\n"
-        f"  expected: {layout_of(name, path)}\n"
-        f"  get it:   {row['source']}; then say where with --data-root (now {str(root)!r})\n"
-        f"  or try:   --dataset {row['stand-in']}, drawn in seconds and without a download"
-    )
+def grey_in_8_bits(image: Image.Image) -> Image.Image:
+    """The upper 8 of 16 bits, as Pillow does for colour images with 16 bits a channel.
+
+    Raises: ValueError for 32 bits (TIFF), where nothing tells which number is white.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError(f"numbers of mode {image.mode}, any range: save it with 8 or 16 bits")
+    values = np.asarray(image)
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        values = np.where(values == transparent, 65535, values)
+    return Image.fromarray((values // 256).astype(np.uint8))
 
 
-# ---------- Readers ------------------------------------------------------------------------------
-def read_folders(path: Path, row: dict):
-    """<domain>/<class>/<image>, images in the order of torchvision's ImageFolder."""
-    layout = f"expected {path}/<domain>/<class>/<image>"
-    found, classes = {}, set()
-    for domain in row["domains"]:
-        if not (path / domain).is_dir():
-            wanted = f"{layout} with domains {', '.join(row['domains'])}"
-            raise InputError(f"{path} has no domain folder {domain!r}; {wanted}")
-        found[domain] = images_by_class(path / domain)
-        if not found[domain]:
-            raise InputError(f"{path / domain} has no class folders; {layout}")
-        classes.update(found[domain])
-    if not found:
-        raise InputError(f"{path} has no domain folder; {layout}")
-    refuse_alike(f"domains of {path}", found, slug, "runs of both would have the same name")
-    refuse_alike(f"classes of {path}", classes, as_read, "CLIP reads both names alike")
-    for domain, images in found.items():
-        for name in sorted(classes):
-            if not images.get(name):
-                raise InputError(
-                    f"domain {domain!r} has no image of class {name!r}: {path / domain / name} is "
-                    f"missing or empty; fill it, or remove {name!r} from all domains"
-                )
-    if len(classes) < 2:
-        raise InputError(f"{path} has one class only, {name!r}: nothing to tell apart; {layout}")
-    return sorted(classes), {domain: numbered(images) for domain, images in found.items()}
+# ---------- Folders of images --------------------------------------------------------------------
+def is_hidden(name: str) -> bool:
+    """Files that systems leave beside images: `.DS_Store`, `._1.jpg`, `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
-def read_own_folders(path: Path):
-    """`read_folders` of pictures of your own, where every folder is a domain."""
-    layout = "<domain>/<class>/<image>"
-    if not path.is_dir():
-        raise InputError(f"no folder {path}; it should hold {layout}")
-    domains = folders_in(path)
-    if len(domains) == 1:
-        raise InputError(f"{path} has one domain only, {domains[0]!r}; expected several {layout}")
-    return read_folders(path, {"domains": domains})
+def images_below(folder) -> list[str]:
+    """Images in a folder and its subfolders, in the order of torchvision's ImageFolder."""
+    images = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            if name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name):
+                images.append((parent, name))
+    return [os.path.join(*image) for image in sorted(images)]
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Sorted names of the subfolders. Raises: InputError for a link that leads nowhere."""
+    names = []
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if is_hidden(name):
+            continue
+        if not path.exists():
+            target = os.readlink(path)
+            raise InputError(f"{path} is a link to {target}, where nothing is; mend or remove it")
+        if path.is_dir():
+            names.append(name)
+    return names
+
+
+def images_by_class(folder: Path) -> dict[str, list[str]]:
+    """{class: its images} of <folder>/<class>/<image>, sorted."""
+    return {name: images_below(folder / name) for name in folders_in(folder)}
 
 
 def numbered(images: dict[str, list[str]]) -> list[tuple]:
-    """(file, label) of {class: its files}, whose classes are numbered in their order."""
+    """{class: its images} as [(image, label), ...]; labels count the classes in their order."""
     items = []
     for label, files in enumerate(images.values()):
         items += [(file, label) for file in files]
     return items
 
 
-def as_read(name: str) -> str:
-    """A class name as CLIP's text encoder tells it from others."""
-    return " ".join(name.replace("_", " ").lower().split())
+def read_folders(path: Path, entry: dict):
+    """<domain>/<class>/<image>, images in the order of torchvision's ImageFolder."""
+    layout = f"expected {path}/<domain>/<class>/<image>"
+    by_domain = {}
+    for domain in entry["domains"]:
+        if not (path / domain).is_dir():
+            wanted = f"{layout} with domains {', '.join(entry['domains'])}"
+            raise InputError(f"{path} has no domain folder {domain!r}; {wanted}")
+        by_domain[domain] = images_by_class(path / domain)
+        if not by_domain[domain]:
+            raise InputError(f"{path / domain} has no class folders; {layout}")
+    classes = sorted(set().union(*by_domain.values()))
+    if len(classes) < 2:
+        raise InputError(f"{path} has one class only, {classes[0]!r}; {layout}, several classes")
+    for domain, name in itertools.product(by_domain, classes):
+        if not by_domain[domain].get(name):
+            where = f"{path / domain / name} is missing or empty"
+            advice = f"fill it, rename it, or remove {name!r} from all domains"
+            raise InputError(f"domain {domain!r} has no image of class {name!r}: {where}; {advice}")
+    return classes, {domain: numbered(images) for domain, images in by_domain.items()}
 
 
-def refuse_alike(what: str, names: Iterable[str], key: Callable, why: str) -> None:
-    """Raises: InputError for two names with the same key."""
-    seen = {}
-    for name in sorted(names):
-        other = seen.setdefault(key(name), name)
-        if other != name:
-            raise InputError(f"{what}: {other!r} and {name!r}; {why}: rename or merge them")
+def read_own_folders(path):
+    """The user's own images, `read_folders` in which every folder is a domain.
+
+    Returns: (class names, {domain: [(file, label), ...]}), both sorted by name.
+    Raises: InputError if the folder is missing or not in the layout.
+    """
+    path, layout = Path(path).expanduser(), "<domain>/<class>/<image>"
+    if not path.is_dir():
+        raise InputError(f"no folder {path}; it should hold {layout}")
+    domains = folders_in(path)
+    if len(domains) < 2:
+        number = f"one domain folder only, {domains[0]!r}" if domains else "no domain folder"
+        raise InputError(f"{path} has {number}; expected at least two, {layout}")
+    if len({slug(domain) for domain in domains}) < len(domains):
+        raise InputError(f"domains {domains} of {path} are too alike to name runs; rename or merge")
+    return read_folders(path, {"domains": domains})
 
 
+def read_cub(path: Path, entry: dict):
+    """CUB-Paintings: the number in a class folder `001.Albatross` identifies the class."""
+    paintings, photos = path / "CUB-200-Painting", path / "CUB_200_2011" / "images"
+    if not paintings.is_dir() or not photos.is_dir():
+        raise missing("cub-paintings", path, path)
+    sets = [images_by_class(folder) for folder in (paintings, photos)]
+    numbers = []  # names differ in capitals
+    for images in sets:
+        numbers.append({name.split(".")[0] for name in images})
+    if numbers[0] != numbers[1]:
+        differ = sorted(numbers[0] ^ numbers[1])
+        raise InputError(f"the class folders of {paintings} and {photos} differ in {differ}")
+    classes = [name.split(".", 1)[-1] for name in sets[1]]
+    return classes, {domain: numbered(images) for domain, images in zip(entry["domains"], sets)}
+
+
+# ---------- Lists of images ----------------------------------------------------------------------
 def read_lines(file: Path) -> list[str]:
-    """The lines of a list. Blank ones, and spaces around one, mean nothing."""
+    """The lines of a list, without blank lines and surrounding spaces."""
     lines = []
     for line in file.read_text(encoding="utf-8-sig").splitlines():
         if line.strip():
@@ -143,156 +194,104 @@ def read_lines(file: Path) -> list[str]:
     return lines
 
 
-def cannot_read(line, file: Path, wanted: str) -> InputError:
-    return InputError(f"cannot read {line!r} in {file}; expected {wanted}")
+def read_pairs(file: Path, wanted: str, split: Callable = str.split) -> list[list[str]]:
+    """Every line in two: before and after its first space, or its last with `str.rsplit`.
 
-
-def read_pairs(file: Path, wanted: str) -> list[tuple[str, str]]:
-    """The first word and the rest of every line of a list."""
+    Raises: InputError for a line of one word.
+    """
     pairs = []
     for line in read_lines(file):
-        try:
-            first, rest = line.split(maxsplit=1)
-        except ValueError:
-            raise cannot_read(line, file, wanted) from None
-        pairs.append((first, rest))
+        pair = split(line, maxsplit=1)
+        if len(pair) < 2:
+            raise InputError(f"cannot read {line!r} in {file}; expected {wanted}")
+        pairs.append(pair)
     return pairs
 
 
-def read_mini(path: Path, row: dict):
-    """DomainNet-mini: lists of `image label`; a class is called like the folder of its images."""
+def read_mini(path: Path, entry: dict):
+    """DomainNet-mini: lists of `image label`; a class is named after the folder of its images."""
     names, parts = {}, {}
-    for domain in row["domains"]:
-        parts[domain] = read_mini_list(path / f"{domain}_train_mini.txt", names)
-        parts[f"{domain} test"] = read_mini_list(path / f"{domain}_test_mini.txt", names)
+    for domain in entry["domains"]:
+        for part, key in (("train", domain), ("test", f"{domain} test")):
+            parts[key] = []
+            file = path / f"{domain}_{part}_mini.txt"
+            for image, label in read_pairs(file, "<domain>/<class>/<image> label", str.rsplit):
+                parts[key].append((path / image, int(label)))
+                names[int(label)] = Path(image).parent.name
     return [names.get(label, f"number {label}") for label in range(max(names) + 1)], parts
 
 
-def read_mini_list(file: Path, names: dict[int, str]) -> list[tuple]:
-    """Images and labels of one list; `names` learns what its labels are called."""
-    items = []
-    for line in read_lines(file):
-        try:
-            image, label = line.rsplit(maxsplit=1)
-            items.append((file.parent / image, int(label)))
-        except ValueError:
-            raise cannot_read(line, file, "<domain>/<class>/<image> label") from None
-        names[int(label)] = Path(image).parent.name
-        (file.parent / image).stat()  # it is there
-    return items
-
-
-def read_cub(path: Path, row: dict):
-    """CUB's paintings and photos: the number of a class folder `001.Albatross` is its identity."""
-    paintings, photos = path / "CUB-200-Painting", path / "CUB_200_2011" / "images"
-    if not paintings.is_dir() or not photos.is_dir():
-        raise missing("cub-paintings", path, path)
-    sets = [images_by_class(folder) for folder in (paintings, photos)]
-    numbers = [set(), set()]  # capitals in names differ
-    for own, images in zip(numbers, sets):
-        own.update(name.split(".")[0] for name in images)
-    if numbers[0] != numbers[1]:
-        differ = sorted(numbers[0] ^ numbers[1])
-        raise InputError(f"the class folders of {paintings} and {photos} differ in {differ}")
-    classes = [name.split(".", 1)[-1] for name in sets[1]]
-    return classes, {domain: numbered(images) for domain, images in zip(row["domains"], sets)}
-
-
-SPLIT = '{"train": [["image.jpg", 0, "class name"], ...], "val": [...], "test": [...]}'
-
-
-def read_split(path: Path, row: dict):
-    """CoOp's JSON: train, val and test, each a list of [path, label, class name]."""
-    file = path / row["lists"]
-    lists = json.loads(file.read_text(encoding="utf-8-sig"))
-    if not isinstance(lists, dict):
-        raise InputError(f"{file} holds one {type(lists).__name__}; expected {SPLIT}")
+def read_split(path: Path, entry: dict):
+    """CoOp's JSON: {"train": [["image.jpg", 0, "class name"], ...], "val": ..., "test": ...}."""
+    lists = json.loads((path / entry["lists"]).read_text(encoding="utf-8-sig"))
     names, parts = {}, {}
     for part in PARTS:
         parts[part] = []
-        for entry in lists[part]:
-            try:
-                image, label, name = entry
-                label, name = int(label), name.strip()
-            except (ValueError, TypeError, AttributeError):
-                raise cannot_read(entry, file, SPLIT) from None
-            if names.setdefault(label, name) != name:
-                both = f"{names[label]!r} and {name!r}"
-                raise InputError(f"{file} calls label {label} {both}; give each class its number")
-            parts[part].append((path / row["images"] / image, label))
-    for label in range(len(names)):
-        if label not in names:
-            numbers = f"its {len(names)} classes must be numbered 0 to {len(names) - 1}"
-            raise InputError(f"{file} has no image with label {label}; {numbers}")
+        for image, label, name in lists[part]:
+            names[int(label)] = name.strip()
+            parts[part].append((path / entry["images"] / image, int(label)))
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"labels {sorted(names)}, not 0 to {len(names) - 1}")
     return [names[label] for label in range(len(names))], parts
 
 
-def read_aircraft(path: Path, row: dict):
-    """variants.txt has a class name a line, images_variant_<part>.txt `number class name`."""
-    names = read_lines(path / row["lists"])
+def read_aircraft(path: Path, entry: dict):
+    """variants.txt lists the class names, images_variant_<part>.txt `number class name`."""
+    classes = read_lines(path / entry["lists"])
     parts = {}
     for part in PARTS:
         parts[part] = []
         file = path / f"images_variant_{part}.txt"
         for number, name in read_pairs(file, "`image number, class name`, as in `1025794 707-320`"):
-            if name not in names:
-                where = f"{path / row['lists']} lists no such class; add it there, or mend the line"
-                raise InputError(f"{file}: image {number} is of class {name!r}, and {where}")
-            image = path / row["images"] / f"{number}.jpg"
-            parts[part].append((image, names.index(name)))
-    return names, parts
+            if name not in classes:
+                raise InputError(f"{file}: class {name!r} of image {number} is not in variants.txt")
+            image = path / entry["images"] / f"{number}.jpg"
+            parts[part].append((image, classes.index(name)))
+    return classes, parts
 
 
-def read_imagenet(path: Path, row: dict):
-    """ImageNet or a set that shifts it: a folder for each line `n01440764 tench` of classnames.txt.
+def read_imagenet(path: Path, entry: dict):
+    """ImageNet or a shift of it: a folder for each line `n01440764 tench` of classnames.txt.
 
-    Its classes are those with a folder: 200 in ImageNet-A and -R. ImageNetV2 calls the folder of
-    line i just i, which as text would sort 0, 1, 10. ImageNet's validation set is its test set too.
+    The classes are those with a folder: 200 in ImageNet-A and -R. ImageNetV2 names the folder of
+    line i just i, and as text 10 sorts before 2. ImageNet's validation set is its test set too.
     """
-    lines = read_pairs(path / row["lists"], "`folder class name`, as in `n01440764 tench`")
-    names = dict(lines)  # of a folder that is listed twice, the last, as in CoOp
-    if row["folder"] == "imagenetv2":
+    lines = read_pairs(path / entry["lists"], "`folder class name`, as in `n01440764 tench`")
+    names = dict(lines)  # if a folder is listed twice, the last line counts, as in CoOp
+    if entry["folder"] == "imagenetv2":
         names = {str(i): name for i, name in enumerate(names.values())}
-    found, parts = {}, {}
-    for part, subfolder in row["parts"].items():
-        folder = path / row["images"] / subfolder
-        found[part] = [name for name in names if (folder / name).is_dir()]
-        images = {name: images_below(folder / name) for name in found[part]}
+    folders, parts = {}, {}
+    for part, subfolder in entry["parts"].items():
+        folder = path / entry["images"] / subfolder
+        folders[part] = [name for name in names if (folder / name).is_dir()]
+        images = {name: images_below(folder / name) for name in folders[part]}
         parts[part] = numbered(images)
-    classes, *others = found.values()
+    classes, *others = folders.values()
     if others and others[0] != classes:
         sizes = f"train has folders of {len(classes)} classes, val of {len(others[0])}"
         raise ValueError(f"{sizes}, and they must be the same")
     return [names[folder] for folder in classes], parts
 
 
-def read_waterbirds(path: Path, row: dict):
-    """The released folder: train (95 % of the birds in their place), val and test.
+def read_waterbirds(path: Path, entry: dict):
+    """The released folder: train (95 % of the birds on their own background), val and test.
 
-    Items are (file, bird, group = 2 * bird + place).
+    Items are (file, bird, group = 2 * bird + background).
     """
-    file, parts = path / "metadata.csv", {part: [] for part in PARTS}
-    columns = {"y": 2, "split": 3, "place": 2}  # and how many values each has
-    with file.open(newline="", encoding="utf-8-sig") as lines:
+    parts = {part: [] for part in PARTS}
+    with (path / "metadata.csv").open(newline="", encoding="utf-8-sig") as lines:
         for line in csv.DictReader(lines):
-            try:
-                image = path / line["img_filename"]
-                numbers = [int(line[column]) for column in columns]
-            except (KeyError, ValueError, TypeError) as error:
-                needs = f"columns img_filename and, as whole numbers, {', '.join(columns)}"
-                raise InputError(f"{file} needs {needs} ({error!r})") from None
-            for number, (column, values) in zip(numbers, columns.items()):
-                if number not in range(values):
-                    choice = f"it must be 0 to {values - 1}"
-                    raise InputError(f"{file} gives {image.name} {column} {number}; {choice}")
-            bird, split, place = numbers
-            parts[PARTS[split]].append((image, bird, 2 * bird + place))
-    for part, items in parts.items():
-        if not items:
-            raise InputError(f"{file} lists no image of the {part} part")
+            for column, count in (("y", 2), ("split", 3), ("place", 2)):
+                if int(line[column]) not in range(count):
+                    value = f"{column} of {line['img_filename']} is {line[column]}"
+                    raise ValueError(f"{value}, not 0 to {count - 1}")
+            bird, background = int(line["y"]), int(line["place"])
+            item = path / line["img_filename"], bird, 2 * bird + background
+            parts[PARTS[int(line["split"])]].append(item)
     return WATERBIRD_CLASSES, parts
 
 
+# ---------- A benchmark --------------------------------------------------------------------------
 READERS = {
     "folders": read_folders,
     "mini": read_mini,
@@ -304,6 +303,49 @@ READERS = {
 }
 
 
+class Missing(InputError):
+    """No part of the benchmark is there."""
+
+
+def missing(name: str, path: Path, root) -> Missing:
+    """The error for a benchmark that is not there."""
+    entry = DATASETS[name]
+    return Missing(
+        f"data set {name!r} is not in {path}\n"
+        f"  expected: {layout_of(name, path)}\n"
+        f"  get it:   {entry['source']}; then say where with --data-root (now {str(root)!r})\n"
+        f"  or try:   --dataset {entry['stand-in']}, drawn in seconds and without a download"
+    )
+
+
+def layout_of(name: str, path: Path) -> str:
+    return DATASETS[name]["layout"].replace("PATH", str(path))
+
+
+def read_dataset(name: str, root):
+    """Class names and {domain or part: [(file, label), ...]} of a benchmark in `DATASETS`.
+
+    Raises: InputError if the folder, its lists or its images are missing or not in the layout.
+    """
+    entry = DATASETS[name]
+    path = Path(root) / entry["folder"]
+    if not path.is_dir():
+        raise missing(name, path, root)
+    try:
+        classes, parts = READERS[entry["reader"]](path, entry)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        what = f"cannot read data set {name!r} ({type(error).__name__}: {error})"
+        expected = f"expected: {layout_of(name, path)}\n  get it:   {entry['source']}"
+        raise InputError(f"{what}\n  {expected}") from None
+    for part, items in parts.items():
+        if not any(Path(file).is_file() for file, *_ in items):
+            what = f"data set {name!r} has no image for its part {part}"
+            raise InputError(f"{what}; expected {layout_of(name, path)}")
+    return classes, parts
+
+
 # ---------- MNIST-CIFAR, which is composed -------------------------------------------------------
 def digits_and_vehicles(root, train: bool, download: bool):
     """Images of digits 0 and 1, (n, 32, 32) each, and of vehicles, (n, 3, 32, 32) each, uint8."""
@@ -313,9 +355,9 @@ def digits_and_vehicles(root, train: bool, download: bool):
     except (RuntimeError, OSError):
         raise missing("mnist-cifar", Path(root), root) from None
     pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-    kinds = torch.tensor(cifar.targets)
+    labels = torch.tensor(cifar.targets)
     digits = [F.pad(mnist.data[mnist.targets == digit], (2, 2, 2, 2)) for digit in (0, 1)]
-    vehicles = [pixels[kinds == label] for label in (1, 9)]  # automobile, truck
+    vehicles = [pixels[labels == label] for label in (1, 9)]  # automobile, truck
     return digits, vehicles
 
 
@@ -346,3 +388,99 @@ def load_mnist_cifar(root, seed: int, download: bool = False) -> dict[str, tuple
         groups = torch.from_numpy(2 * labels + shown)
         splits[split] = images, torch.from_numpy(labels), groups
     return splits
+
+
+# ---------- python common.py data ----------------------------------------------------------------
+DESCRIPTION = """Lists the data sets: are they there, and are they complete?
+
+python common.py data                          # all data sets: found or missing, and where
+python common.py data --check pacs officehome  # also counts and opens every image
+python common.py data --check folder:PATH      # the same for PATH/<domain>/<class>/<image>
+
+For `python common.py table`, which is about runs, see its own --help.
+"""
+READABLE = [name for name, entry in DATASETS.items() if entry["reader"] in READERS]
+
+
+def files_of(parts: dict[str, list]) -> list[str]:
+    """All images of {part: [(file, label, ...), ...]}, each once."""
+    items = itertools.chain.from_iterable(parts.values())
+    return list(dict.fromkeys(str(file) for file, *_ in items))
+
+
+def cells_of(name: str, root: str) -> list[str]:
+    """A data set in the list: where it is, how many images, domains or parts, and classes."""
+    folder = Path(root) / DATASETS[name]["folder"]
+    if name not in READABLE:  # MNIST-CIFAR has no image files
+        complete = (folder / "MNIST").is_dir() and (folder / "cifar-10-batches-py").is_dir()
+        return ["found" if complete else "missing (--download)", "-", "-", "2"]
+    try:
+        classes, parts = read_dataset(name, root)
+    except Missing:
+        return ["missing", "-", "-", "-"]
+    except InputError:
+        return [f"not complete: try --check {name}", "-", "-", "-"]
+    return [str(folder), f"{len(files_of(parts)):,}", str(len(parts)), str(len(classes))]
+
+
+def problem_of(file: str) -> str:
+    """Why an image cannot be read, or "" if it can."""
+    try:
+        decode(file)
+    except Exception as error:  # every decoder has exceptions of its own
+        return f"{file} cannot be read ({reason(error)})"
+    return ""
+
+
+def check(name: str, root: str) -> None:
+    """Count the images of a data set and open each of them.
+
+    Raises: InputError if the counts are not those published, or if images cannot be read.
+    """
+    if name.startswith("folder:"):
+        classes, parts = read_own_folders(name.removeprefix("folder:"))
+    else:
+        classes, parts = read_dataset(name, root)
+    entry = DATASETS.get(name, {})
+    for part, items in parts.items():
+        print(f"{name}, {part}: {len(items):,} images")
+    files = files_of(parts)
+    problems = []
+    if "counts" in entry and len(files) not in entry["counts"]:
+        published = " or ".join(f"{count:,}" for count in entry["counts"])
+        problems.append(f"{len(files):,} images, published are {published}")
+    if "classes" in entry and len(classes) != entry["classes"]:
+        problems.append(f"{len(classes)} classes, published are {entry['classes']}")
+    Image.init()  # threads that load Pillow's decoders at the same time may miss one
+    with ThreadPool() as pool:
+        results = pool.imap(problem_of, files, chunksize=16)
+        problems += filter(None, tqdm(results, name, len(files), disable=None))
+    if problems:
+        raise InputError(f"{name} is not complete\n  " + "\n  ".join(problems))
+    comparison = "as published" if "counts" in entry else "no published count to compare with"
+    print(f"{name}: all {len(files):,} images of {len(classes)} classes can be read; {comparison}")
+
+
+def list_data_sets(argv: list[str] | None = None) -> None:
+    """`python common.py data`. Raises: InputError for an unknown or incomplete data set."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("common.py", description=DESCRIPTION, formatter_class=text)
+    parser.add_argument("what", choices=["data"])
+    parser.add_argument("--data-root", default="data", help="folder that holds their folders")
+    names = f"count its images and open each of them: folder:PATH, {', '.join(READABLE)}"
+    parser.add_argument("--check", nargs="+", default=[], metavar="NAME", help=names)
+    args = parser.parse_args(argv)
+    for name in args.check:
+        if name not in READABLE and not name.startswith("folder:"):
+            choices = f"{did_you_mean(name, READABLE)} Choose from {', '.join(READABLE)}"
+            raise InputError(f"--check {name}: no such data set{choices}, or folder:PATH.")
+    for name in args.check:
+        check(name, args.data_root)
+    if args.check:
+        return
+    cells = {name: cells_of(name, args.data_root) for name in DATASETS}
+    columns = ["where", "images", "domains or parts", "classes"]
+    print(format_table(f"data sets in {args.data_root}", columns, cells))
+    stand_ins = dict.fromkeys(entry["stand-in"] for entry in DATASETS.values())
+    print(f"Drawn in seconds, needing no files: {', '.join(stand_ins)}")
+    print("A command with a missing data set says where to get it and how to lay it out.")

@@ -1,0 +1,488 @@
+"""Benchmarks in their real layouts, images of every kind, `python common.py data`.
+
+Images are compared with numpy and with formulas, folders with torchvision's ImageFolder.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import NAMES, write_image
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from support import InputError, slug
+from support.benchmarks import DATASETS, list_data_sets, read_dataset, read_image, read_own_folders
+
+RNG = np.random.default_rng(0)
+COLORS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+GREY_16 = RNG.integers(0, 2**16, (6, 9), dtype=np.uint16)
+IMAGENET_SHIFTS = ["imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"]
+
+
+def shade_of(file):
+    return np.asarray(read_image(file))[0, 0, 0].item()
+
+
+# ---------- Benchmarks in CoOp's layouts ---------------------------------------------------------
+def test_split_file_reader(caltech):
+    classes, parts = read_dataset("caltech101", caltech)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 83, "val": 25, "test": 20}
+    assert tuple(classes) == NAMES[:5]
+    for file, label in parts["test"]:
+        assert file.parent.name == NAMES[label] and abs(shade_of(file) - 40 * label) < 8
+
+
+def test_aircraft_reader(aircraft):
+    classes, parts = read_dataset("fgvcaircraft", aircraft)
+    assert classes == ["house", "art painting", "cup"]
+    assert [label for _, label in parts["train"]] == [2, 2, 1, 1, 0, 0]
+    assert parts["val"][0][0] == aircraft / "fgvc_aircraft" / "images" / "1007.jpg"
+
+
+def test_imagenet_reader(imagenet):
+    classes, parts = read_dataset("imagenet", imagenet)
+    assert tuple(classes) == NAMES and len(parts["val"]) == 24
+    assert "/val/" in parts["test"][0][0]
+
+
+@pytest.mark.parametrize("name", IMAGENET_SHIFTS)
+def test_imagenet_shift_readers(imagenet, name):
+    classes, parts = read_dataset(name, imagenet)
+    subset = name in ("imagenet-a", "imagenet-r")
+    assert classes == [NAMES[i] for i in ((2, 5, 10, 11) if subset else range(12))]
+    assert len(parts["test"]) == 2 * len(classes)
+    for file, label in parts["test"]:
+        assert abs(shade_of(file) - 20 * NAMES.index(classes[label])) < 8, file
+
+
+def rewrite_split(folder, change):
+    """Change CoOp's JSON; `change` takes {part: [[file, label, class name], ...]}."""
+    file = folder / "split_zhou_Caltech101.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def each(change):
+    """A change of every item of a split."""
+
+    def change_all(lists):
+        for part, items in lists.items():
+            lists[part] = [change(*item) for item in items]
+        return lists
+
+    return change_all
+
+
+def test_labels_of_a_split_may_be_strings(caltech):
+    expected = read_dataset("caltech101", caltech)
+    change = each(lambda file, label, name: [file, str(label), f"{name} "])
+    rewrite_split(caltech / "caltech-101", change)
+    assert read_dataset("caltech101", caltech) == expected
+
+
+SPLIT_ERRORS = [
+    (lambda lists: lists["train"], "TypeError"),
+    (lambda lists: {"train": []}, "KeyError: 'val'"),
+    (each(lambda file, label, name: [file, name, name]), "'dog'"),
+    (each(lambda file, label, name: [file, label + (label > 2), name]), "[0, 1, 2, 4, 5], not 0"),
+]
+
+
+@pytest.mark.parametrize("change, words", SPLIT_ERRORS)
+def test_a_wrong_split_is_one_clear_error(caltech, change, words):
+    rewrite_split(caltech / "caltech-101", change)
+    with pytest.raises(InputError) as error:
+        read_dataset("caltech101", caltech)
+    words = "cannot read data set 'caltech101'", words, "split_zhou_Caltech101.json", "CoOp"
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("split_zhou_Caltech101.json", ("FileNotFoundError", "split_zhou", "CoOp")),
+        ("101_ObjectCategories", ("no image", "101_ObjectCategories", "part train")),
+        ("", ("'caltech101' is not in", "--data-root", "CoOp", "tiny-office")),
+    ],
+)
+def test_what_is_missing_is_one_clear_error(caltech, name, words):
+    (caltech / "caltech-101" / name).rename(caltech / "elsewhere")
+    with pytest.raises(InputError) as error:
+        read_dataset("caltech101", caltech)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_imagenet_with_a_class_missing_in_one_part(imagenet):
+    (imagenet / "imagenet" / "images" / "val" / "n01440764").rename(imagenet / "elsewhere")
+    with pytest.raises(InputError, match="train has folders of 12 classes, val of 11"):
+        read_dataset("imagenet", imagenet)
+
+
+LISTS = [
+    ("imagenet", "imagenet", "imagenet/classnames.txt"),
+    ("imagenet", "imagenetv2", "imagenetv2/classnames.txt"),
+    ("aircraft", "fgvcaircraft", "fgvc_aircraft/variants.txt"),
+    ("aircraft", "fgvcaircraft", "fgvc_aircraft/images_variant_val.txt"),
+]
+
+
+@pytest.mark.parametrize("tree, name, file", LISTS)
+def test_blank_lines_spaces_and_windows_line_ends_mean_nothing(request, tree, name, file):
+    data = request.getfixturevalue(tree)
+    expected = read_dataset(name, data)
+    text = (data / file).read_text().replace("\n", "  \r\n\r\n")
+    (data / file).write_bytes(f"\ufeff\r\n{text}  \r\n".encode())
+    assert read_dataset(name, data) == expected
+
+
+@pytest.mark.parametrize(
+    "tree, name, file, line, words",
+    [
+        (*LISTS[0], "n123", "`n01440764 tench`"),
+        (*LISTS[3], "12", "`1025794 707-320`"),
+        (*LISTS[3], "12 zebra", "variants.txt"),
+    ],
+)
+def test_a_wrong_line_is_one_clear_error(request, tree, name, file, line, words):
+    data = request.getfixturevalue(tree)
+    with (data / file).open("a") as lines:
+        lines.write(f"{line}\n")
+    with pytest.raises(InputError) as error:
+        read_dataset(name, data)
+    words = words, str(data / file), line.split()[-1]
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# ---------- Waterbirds ---------------------------------------------------------------------------
+BIRDS = ["a.png,0,0,0", "b.png,1,0,1", "c.png,1,0,0", "d.png,0,1,1", "e.png,1,2,0"]
+
+
+def write_birds(data, lines):
+    folder = data / "waterbird_complete95_forest2water2"
+    for i, name in enumerate("abcde"):
+        write_image(folder / f"{name}.png", 40 * i)
+    text = "\n".join(["img_filename,y,split,place", *lines])
+    (folder / "metadata.csv").write_text(f"\ufeff{text}\n")
+
+
+def test_waterbirds_groups_are_bird_and_background(tmp_path):
+    write_birds(tmp_path, BIRDS)
+    _, parts = read_dataset("waterbirds", tmp_path)
+    assert [file.name for file, *_ in parts["train"]] == ["a.png", "b.png", "c.png"]
+    assert [item[1:] for item in parts["train"]] == [(0, 0), (1, 3), (1, 2)]
+    assert [item[1:] for item in parts["val"] + parts["test"]] == [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ([*BIRDS, "a.png,2,0,0"], "y of a.png is 2, not 0 to 1"),
+        ([*BIRDS, "a.png,0,0,-1"], "place of a.png is -1, not 0 to 1"),
+        ([*BIRDS, "a.png,0,0"], "TypeError"),
+        (BIRDS[:4], "no image for its part test"),
+    ],
+)
+def test_wrong_lines_of_waterbirds(tmp_path, lines, words):
+    write_birds(tmp_path, lines)
+    with pytest.raises(InputError) as error:
+        read_dataset("waterbirds", tmp_path)
+    words = words, "metadata.csv with columns img_filename, y, split, place"
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# ---------- The user's own images ----------------------------------------------------------------
+@pytest.fixture
+def own_folder(tmp_path):
+    """Two domains of two classes, with names as people give them."""
+    for domain in ("Photos 2024", "эскизы"):
+        for name in ("große Katze", "dog"):
+            for file in ("1.png", "two.JPG", "Ω 3.Png"):
+                write_image(tmp_path / "my pictures" / domain / name / file, len(file))
+    return tmp_path / "my pictures"
+
+
+def test_own_images_are_those_of_image_folder(own_folder):
+    write_image(own_folder / "эскизы" / "dog" / "more" / "4.png", 9)
+    write_image(own_folder / "эскизы" / "dog" / "a" / "b" / "5.png", 9)
+    classes, domains = read_own_folders(own_folder)
+    assert classes == ["dog", "große Katze"] and list(domains) == ["Photos 2024", "эскизы"]
+    for domain, items in domains.items():
+        assert items == ImageFolder(own_folder / domain).samples
+
+
+def test_hidden_files_and_folders_are_ignored(own_folder):
+    expected = read_own_folders(own_folder)
+    for file in list(own_folder.rglob("*.png")):
+        file.with_name(f"._{file.name}").write_bytes(b"Mac OS X")
+        file.with_name(".DS_Store").write_text("Mac OS X")
+        file.with_name("Thumbs.db").write_text("Windows")
+        write_image(file.parent / ".ipynb_checkpoints" / "1-checkpoint.png", 3)
+    write_image(own_folder / "эскизы" / ".thumbnails" / "1.png", 3)
+    shutil.copytree(own_folder / "эскизы", own_folder / "__MACOSX" / "эскизы")
+    (own_folder / ".git").mkdir()
+    (own_folder / "notes.txt").write_text("no domain")
+    (own_folder / "эскизы" / "notes.txt").write_text("no class")
+    assert read_own_folders(own_folder) == expected
+
+
+def test_links_are_followed(own_folder, tmp_path):
+    (own_folder / "эскизы").rename(tmp_path / "elsewhere")
+    (own_folder / "эскизы").symlink_to(tmp_path / "elsewhere")  # a domain
+    (own_folder / "эскизы" / "dog").rename(tmp_path / "dogs")
+    (own_folder / "эскизы" / "dog").symlink_to(tmp_path / "dogs")  # a class
+    (tmp_path / "dogs" / "4.png").symlink_to(tmp_path / "dogs" / "1.png")  # a file
+    _, domains = read_own_folders(own_folder)
+    dogs = [file for file, label in domains["эскизы"] if label == 0]
+    assert [Path(file).name for file in dogs] == ["1.png", "4.png", "two.JPG", "Ω 3.Png"]
+    assert shade_of(dogs[1]) == shade_of(dogs[0])
+
+
+def remove_dogs(folder):
+    for domain in folder.iterdir():
+        shutil.rmtree(domain / "dog")
+
+
+def remove_classes(folder):
+    for name in ("dog", "große Katze"):
+        shutil.rmtree(folder / "эскизы" / name)
+
+
+OWN_ERRORS = [
+    (lambda folder: (folder / "art").symlink_to("gone"), ("art is a link to gone", "remove it")),
+    (lambda folder: (folder / "эскизы" / "cow").mkdir(), ("of class 'cow'", "Photos 2024/cow")),
+    (lambda folder: shutil.rmtree(folder / "эскизы"), ("one domain folder only, 'Photos 2024'",)),
+    (lambda folder: (folder / "photos_2024").symlink_to("Photos 2024"), ("photos_2024", "rename")),
+    (remove_dogs, ("one class only, 'große Katze'", "<domain>/<class>/<image>")),
+    (remove_classes, ("эскизы has no class folders", "<domain>/<class>/<image>")),
+]
+
+
+@pytest.mark.parametrize("change, words", OWN_ERRORS)
+def test_wrong_own_folders_are_one_clear_error(own_folder, change, words):
+    change(own_folder)
+    with pytest.raises(InputError) as error:
+        read_own_folders(own_folder)
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_slug_keeps_letters_of_every_script():
+    assert slug("Эскизы 2") == "эскизы_2" and slug("写真") == "写真"
+    assert slug("_Real World (v1.0) - a/b_") == "real_world_v1.0_-_a_b"
+
+
+# ---------- An image -----------------------------------------------------------------------------
+def pixels(path):
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def on_white(colors, alpha):
+    """(h, w, 3) and (h, w), 0 ... 255."""
+    opacity = alpha[..., None] / 255
+    return opacity * colors.astype(float) + (1 - opacity) * 255
+
+
+def grey(values):
+    return np.repeat(np.asarray(values)[..., None], 3, axis=-1)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.bmp", "a.webp", "a.tif", "a.ppm"])
+def test_colours_are_what_pillow_reads(tmp_path, name):
+    Image.fromarray(COLORS).save(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(pixels(tmp_path / name), expected)
+    if name.endswith(("png", "bmp", "tif", "ppm")):
+        assert np.array_equal(expected, COLORS)
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
+def test_grey_and_black_and_white(tmp_path, name):
+    values = COLORS[..., 0]
+    Image.fromarray(values).save(tmp_path / name)
+    assert np.array_equal(pixels(tmp_path / name), grey(values))
+    Image.fromarray(values > 99).save(tmp_path / name)
+    assert np.array_equal(pixels(tmp_path / name), grey(255 * (values > 99)))
+
+
+# by EXIF's definition: where the first row and the first column of the file are shown
+TURNS = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],  # top, right
+    3: lambda x: x[::-1, ::-1],  # bottom, right
+    4: lambda x: x[::-1],  # bottom, left
+    5: lambda x: x.swapaxes(0, 1),  # left, top
+    6: lambda x: x.swapaxes(0, 1)[:, ::-1],  # right, top
+    7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+    8: lambda x: x.swapaxes(0, 1)[::-1],  # left, bottom
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_an_image_is_turned_as_its_camera_noted(tmp_path, orientation):
+    turn, exif = TURNS[orientation], Image.Exif()
+    exif[0x0112] = orientation
+    for kind in ("png", "jpg"):
+        plain, noted = tmp_path / f"plain.{kind}", tmp_path / f"noted.{kind}"
+        Image.fromarray(COLORS).save(plain)
+        Image.fromarray(COLORS).save(noted, exif=exif)
+        assert np.array_equal(pixels(noted), turn(pixels(plain)))
+    Image.fromarray(COLORS).save(tmp_path / "noted.tif", tiffinfo={0x0112: orientation})
+    assert np.array_equal(pixels(tmp_path / "noted.tif"), turn(COLORS))
+    Image.fromarray(GREY_16).save(tmp_path / "grey.png", exif=exif)
+    assert np.array_equal(pixels(tmp_path / "grey.png"), turn(grey(GREY_16 >> 8)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("data", [b"Exif\0\0no", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0"])
+def test_broken_exif_data_are_ignored(tmp_path, data):
+    Image.fromarray(COLORS).save(tmp_path / "plain.jpg")
+    Image.fromarray(COLORS).save(tmp_path / "noted.jpg", exif=data)
+    assert np.array_equal(pixels(tmp_path / "noted.jpg"), pixels(tmp_path / "plain.jpg"))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_16_bits_are_scaled_to_8(tmp_path, name):
+    Image.fromarray(GREY_16).save(tmp_path / name)
+    assert np.abs(pixels(tmp_path / name) - grey(GREY_16) / 65535 * 255).max() <= 1
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(tmp_path / name)
+    assert np.array_equal(pixels(tmp_path / name), grey([[0, 255]]))
+
+
+def test_one_grey_of_16_bits_that_means_transparent(tmp_path):
+    Image.fromarray(GREY_16).save(tmp_path / "a.png", transparency=int(GREY_16[2, 3]))
+    expected = grey(GREY_16 >> 8)
+    expected[2, 3] = 255
+    assert np.array_equal(pixels(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_without_a_white_are_an_error(tmp_path, dtype):
+    Image.fromarray(GREY_16.astype(dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="a.tif .*save it with 8 or 16 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+ALPHA = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
+ALPHA[0, :2] = 0, 255
+KEY = tuple(COLORS[2, 3].tolist())  # the colour that means transparent
+ONE_CLEAR = np.full((6, 9), 255)
+ONE_CLEAR[2, 3] = 0
+RGBA = Image.fromarray(np.dstack([COLORS, ALPHA]))
+FIVE = [0, 51, 102, 255, 255]
+STRIPES = np.tile(COLORS[0, :5], (6, 1, 1))  # five colours, one a column
+PALETTE = Image.fromarray(np.tile(np.arange(5, dtype=np.uint8), (6, 1)), "P")
+PALETTE.putpalette(COLORS[0, :5].flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    "name, image, options, colors, alpha",
+    [
+        ("a.png", RGBA, {}, COLORS, ALPHA),
+        ("a.webp", RGBA, {"lossless": True, "exact": True}, COLORS, ALPHA),
+        ("a.png", RGBA.convert("LA"), {}, grey(RGBA.convert("L")), ALPHA),
+        ("a.png", RGBA.convert("RGB"), {"transparency": KEY}, COLORS, ONE_CLEAR),
+        ("a.png", PALETTE, {}, STRIPES, [255] * 5),
+        ("a.png", PALETTE, {"transparency": 2}, STRIPES, [255, 255, 0, 255, 255]),
+        ("a.gif", PALETTE, {"transparency": 2}, STRIPES, [255, 255, 0, 255, 255]),
+        ("a.png", PALETTE, {"transparency": bytes(FIVE)}, STRIPES, FIVE),
+    ],
+)
+def test_transparent_images_are_shown_on_white(tmp_path, name, image, options, colors, alpha):
+    image.save(tmp_path / name, **options)
+    alpha = np.broadcast_to(alpha, colors.shape[:2])
+    shown, expected = pixels(tmp_path / name), on_white(colors, alpha)
+    assert np.abs(shown - expected).max() <= 1
+    extreme = (alpha == 0) | (alpha == 255)
+    assert np.array_equal(shown[extreme], expected[extreme])
+
+
+def flip_a_byte(data):
+    return data[:300] + bytes([data[300] ^ 255]) + data[301:]
+
+
+DAMAGE = [
+    ("a.jpg", lambda data: data[:900], "image file is truncated"),
+    ("a.png", lambda data: data[:900], "image file is truncated"),
+    ("b.png", lambda data: b"", "cannot identify"),
+    ("b.jpg", lambda data: b"<html>404</html>", "cannot identify"),
+    ("c.png", flip_a_byte, "broken data stream"),
+    ("d.png", None, "No such file or directory"),
+]
+
+
+def write_damaged(path, damage):
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+        path.symlink_to("nowhere.png")
+
+
+@pytest.mark.parametrize("name, damage, words", DAMAGE)
+def test_a_broken_file_is_one_clear_error(tmp_path, name, damage, words):
+    write_damaged(tmp_path / name, damage)
+    with pytest.raises(InputError) as error:
+        read_image(tmp_path / name)
+    message = str(error.value)
+    assert message.startswith(f"cannot read image {tmp_path / name} ({words}")
+    assert "`python common.py data --check NAME`" in message and "\n" not in message
+
+
+# ---------- python common.py data ----------------------------------------------------------------
+@pytest.fixture
+def list_data(capsys, pacs_tree):
+    """What the command prints."""
+
+    def call(*arguments):
+        list_data_sets(["data", "--data-root", str(pacs_tree), *arguments])
+        return capsys.readouterr().out
+
+    return call
+
+
+def line_of(name, text):
+    (line,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
+    return line
+
+
+def test_every_data_set_is_listed(list_data, pacs_tree):
+    count = len(list((pacs_tree / "PACS").rglob("*.jpg")))
+    text = list_data()
+    assert line_of("pacs", text).split()[1:] == [str(pacs_tree / "PACS"), str(count), "4", "7"]
+    assert all("missing" in line_of(name, text) for name in DATASETS if name != "pacs")
+    shutil.rmtree(pacs_tree / "PACS" / "sketch" / "dog")
+    assert "not complete" in line_of("pacs", list_data())
+
+
+def test_a_complete_data_set(list_data, pacs_tree, monkeypatch):
+    count = len(list((pacs_tree / "PACS").rglob("*.jpg")))
+    monkeypatch.setitem(DATASETS["pacs"], "counts", [count])
+    assert "can be read; as published" in list_data("--check", "pacs")
+    text = list_data("--check", f"folder:{pacs_tree / 'PACS'}")
+    assert f"all {count} images of 7 classes can be read; no published count" in text
+
+
+def test_every_unreadable_image_is_named(list_data, pacs_tree):
+    folder = pacs_tree / "PACS" / "photo" / "dog"
+    for name, damage, _ in DAMAGE:
+        write_damaged(folder / name, damage)
+    for name in ("pacs", f"folder:{pacs_tree / 'PACS'}"):
+        with pytest.raises(InputError) as error:
+            list_data("--check", name)
+        message = str(error.value)
+        assert message.count("cannot be read") == len(DAMAGE)
+        assert all(f"{folder / file} cannot be read ({why}" in message for file, _, why in DAMAGE)
+        assert ("published are 9,991" in message) == (name == "pacs")
+
+
+def test_unknown_and_missing_data_sets(list_data):
+    with pytest.raises(InputError, match="mean 'pacs'.*folder:PATH"):
+        list_data("--check", "pcas")
+    with pytest.raises(InputError, match="is not in"):
+        list_data("--check", "vlcs")
