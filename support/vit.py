@@ -1,8 +1,7 @@
-"""A plain small ViT's layers; and pretrained ViTs in parts: all layers but the last, the last, the
-norm behind it.
+"""Layers of a plain ViT; and torchvision's and open_clip's pretrained ViTs, taken apart.
 
-torchvision's and open_clip's ViTs hold the same parts under other names; vit_diverse.py puts its
-own last layer, without a residual path around its attention, behind the first part.
+vit_diverse.py replaces the last layer of a ViT by its own, which has no residual path around its
+attention.
 """
 
 from __future__ import annotations
@@ -15,13 +14,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from support import InputError
-from support.weights import why_not
+from support import InputError, reason
 
 
 # ---------- Layers -------------------------------------------------------------------------------
 class PatchEmbedding(nn.Module):
-    """Images (B, 3, h, w) -> a class token and the patches, with learned positions, (B, N, D)."""
+    """Images (B, 3, h, w) -> a class token and the patches with learned positions, (B, N, D).
+
+    Raises: ValueError if the patch size does not divide the image's sides.
+    """
 
     def __init__(self, image_size: tuple[int, int], patch_size: int, dim: int):
         super().__init__()
@@ -54,7 +55,7 @@ class Block(nn.Module):
     def forward(self, x):
         B, N, _ = x.shape
         qkv = self.qkv(self.norm(x))  # (B, N, 3 H d)
-        qkv = qkv.view(B, N, 3, self.heads, -1).unbind(2)  # at once: no copy backwards
+        qkv = qkv.view(B, N, 3, self.heads, -1).unbind(2)  # one backward pass without copies
         q, k, v = [part.transpose(1, 2) for part in qkv]  # each (B, H, N, d)
         heads = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, d)
         tokens = heads.transpose(1, 2).flatten(2)  # (B, N, H d)
@@ -63,66 +64,58 @@ class Block(nn.Module):
 
 
 # ---------- Pretrained ViTs ----------------------------------------------------------------------
-class TorchvisionTrunk(nn.Module):
-    """All layers but the last of torchvision's ViT: images -> tokens (B, N, D)."""
-
-    def __init__(self, vit: torchvision.models.VisionTransformer):
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images):
-        patches = self.vit._process_input(images)  # (B, patches, D)
-        start = self.vit.class_token.expand(len(images), -1, -1)
-        return self.vit.encoder(torch.cat([start, patches], 1))
-
-
-class OpenClipTrunk(nn.Module):
-    """All layers but the last of open_clip's ViT: images -> tokens (B, N, D)."""
+class Trunk(nn.Module):
+    """All layers but the last of torchvision's or open_clip's ViT: images (B, 3, h, w) -> tokens
+    (B, N, D)."""
 
     def __init__(self, vit: nn.Module):
         super().__init__()
         self.vit = vit
 
     def forward(self, images):
-        return self.vit.transformer(self.vit._embeds(images))
+        vit = self.vit
+        if not isinstance(vit, torchvision.models.VisionTransformer):
+            return vit.transformer(vit._embeds(images))
+        patches = vit._process_input(images)  # (B, patches, D)
+        start = vit.class_token.expand(len(images), -1, -1)
+        return vit.encoder(torch.cat([start, patches], 1))
 
 
 def take_apart(vit: nn.Module) -> tuple:
-    """A copy of a ViT in parts: its trunk; of its last layer the number of heads, norm, one linear
-    layer for queries, keys and values, output projection, norm and MLP; the norm behind it.
+    """Split a copy of a ViT in front of its last layer.
 
+    Returns: (trunk, last layer, norm after it). The last layer is (number of heads, norm, one
+        linear layer for queries, keys and values, output projection, norm, MLP).
     Raises: InputError for another kind of network.
     """
     vit = copy.deepcopy(vit).requires_grad_(True)
     transformer = getattr(vit, "transformer", None)
     if isinstance(vit, torchvision.models.VisionTransformer):
-        *layers, end = vit.encoder.layers
-        attention, end_norm = end.self_attention, vit.encoder.ln
+        *layers, last = vit.encoder.layers
+        attention, end_norm = last.self_attention, vit.encoder.ln
         vit.encoder.layers = nn.Sequential(*layers)
         vit.encoder.ln = nn.Identity()
         vit.heads = nn.Identity()
-        trunk = TorchvisionTrunk(vit)
     elif isinstance(transformer, open_clip.transformer.Transformer) and vit.attn_pool is None:
-        *layers, end = transformer.resblocks
-        attention, end_norm = end.attn, vit.ln_post
+        *layers, last = transformer.resblocks
+        attention, end_norm = last.attn, vit.ln_post
         transformer.resblocks = nn.ModuleList(layers)
         vit.ln_post = nn.Identity()
         vit.proj = None
-        trunk = OpenClipTrunk(vit)
     else:
         wrong = f"head selection needs a ViT with a class token, not a {type(vit).__name__}"
         raise InputError(f"{wrong}; use scratch, vit_b_16, tiny, ViT-B-32, ViT-B-16, ...")
     qkv = nn.Linear(attention.embed_dim, 3 * attention.embed_dim)
     qkv.weight = attention.in_proj_weight
     qkv.bias = attention.in_proj_bias
-    last = attention.num_heads, end.ln_1, qkv, attention.out_proj, end.ln_2, end.mlp
-    return trunk, last, end_norm
+    parts = attention.num_heads, last.ln_1, qkv, attention.out_proj, last.ln_2, last.mlp
+    return Trunk(vit), parts, end_norm
 
 
 def torchvision_vit(pretrained: str | None) -> nn.Module:
     """torchvision's ViT-B/16 with ImageNet weights, downloaded or from a file.
 
-    Raises: InputError if they cannot be had.
+    Raises: InputError if the weights cannot be had.
     """
     weights = None if pretrained else "IMAGENET1K_V1"
     try:
@@ -130,11 +123,12 @@ def torchvision_vit(pretrained: str | None) -> nn.Module:
         if pretrained:
             state = torch.load(pretrained, map_location="cpu", weights_only=True)
             vit.load_state_dict(state)
-    except Exception as error:  # download, file and format can each fail in their own ways
-        why = f"{pretrained or weights}: {why_not(error)}"
-        hint = "Offline? Give torchvision's file with --pretrained FILE, or use --model tiny."
-        raise InputError(f"cannot load vit_b_16's weights {why}\n  {hint}") from error
+    except Exception as error:  # downloads, files and formats fail in ways of their own
+        wrong = f"cannot load vit_b_16's weights {pretrained or weights}: {reason(error)}"
+        hint = "Give torchvision's own file with --pretrained FILE, or use --model tiny."
+        raise InputError(f"{wrong}\n  {hint}") from error
     preprocess = {"size": 224, "interpolation": "bilinear"}
-    preprocess |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of ImageNet
+    preprocess["mean"] = open_clip.constants.IMAGENET_MEAN
+    preprocess["std"] = open_clip.constants.IMAGENET_STD
     open_clip.set_model_preprocess_cfg(vit, preprocess)
     return vit
