@@ -196,7 +196,7 @@ def synthesise(row, clip, targets, train, holdout, class_features, seed, cache=N
     for name, (source_words, target_words, classes) in targets.items():
         parts = []
         for real in (train, holdout):
-            subjects = image_subjects(row, clip, real, source_words, cache)  # "red dog on grass"
+            subjects = captions.subjects(row, clip, real, source_words, cache)  # "red dog on grass"
             text_source = captions.text_features(clip, source_words, subjects)  # T(s_i)  (N, D)
             text_target = captions.text_features(clip, target_words, subjects)  # T(t_i)  (N, D)
             indices = of_classes(real.labels, classes)
@@ -211,39 +211,6 @@ def synthesise(row, clip, targets, train, holdout, class_features, seed, cache=N
         images = train.images.subset(of_classes(train.labels, classes))
         synthesised[name] = Features(images, moved, labels, features)
     return synthesised
-
-
-def image_subjects(row, clip, real, description: str, cache: dict) -> list[str]:
-    """What each image of a described domain shows, in words: "red dog on grass". In the paper a
-    captioner says it; by default it is the class with CLIP's nearest phrases (our choice)."""
-    classes = [name.replace("_", " ") for name in real.images.classes]
-    names = [classes[label] for label in real.labels]
-    if row.captioner == "template":
-        return names
-    if row.captioner == "retrieval":
-        words = json.loads(captions.WORDS.read_text())
-        groups = words["phrases of the tiny CLIP" if row.model == "tiny" else "phrases"]
-        if row.dataset in WATERBIRDS:  # where the place is the domain
-            groups = {group: phrases for group, phrases in groups.items() if group != "place"}
-        data = real.features, real.labels, classes
-        texts = captions.retrieve_captions(clip, *data, description, groups)
-    elif row.captioner == "file":
-        kind, _, folder = row.dataset.rpartition(":")
-        root = folder if kind == "folder" else row.data_root
-        texts = captions.read_captions(row.caption_file, real.images.images, root)
-    else:
-        texts = coca_captions(real.images, clip.device, cache)
-    return [captions.subject(text, name) for text, name in zip(texts, names)]
-
-
-def coca_captions(images, device, cache: dict) -> list[str]:
-    """Captions by CoCa, once for all rows. Raises: InputError for drawn images."""
-    if isinstance(images.images, torch.Tensor):
-        raise common.InputError("--captioner coca reads image files, and tiny data are drawn")
-    key = "CoCa", images.images.tobytes()
-    if key not in cache:
-        cache[key] = captions.coca_captions(images.images.tolist(), device)
-    return cache[key]
 
 
 # ---------- Step 2: what learns from the features ------------------------------------------------
@@ -435,7 +402,7 @@ def plot_neighbours(synthesised, real, path, columns=12):
                 frames[row][column] = "tab:blue"
             if real.labels[image] != own.labels[chosen[column]]:
                 frames[row][column] = "tab:red"
-    common.plot_images(pictures, path, frames=frames)
+    tables.plot_images(pictures, path, frames=frames)
 
 
 def write_pictures(folder, synthesised: dict, targets: dict) -> None:
@@ -447,7 +414,6 @@ def write_pictures(folder, synthesised: dict, targets: dict) -> None:
 
 
 # ---------- Who may see what, and when -----------------------------------------------------------
-WATERBIRDS = ("tiny-waterbirds", "waterbirds")
 # in Waterbirds the place is the domain: which place a target is made from, and which birds
 OTHER_PLACE = {"water": ("land", [0]), "land": ("water", [1])}
 
@@ -455,7 +421,7 @@ OTHER_PLACE = {"water": ("land", [0]), "land": ("water", [1])}
 def read_domains(args, seed) -> list[common.Domain]:
     """All domains. Images in files are not read here."""
     data = args.dataset, args.data_root, seed, args.cue
-    if args.dataset not in WATERBIRDS:
+    if args.dataset not in captions.WATERBIRDS:
         return common.load_domains(*data)
     parts = common.load_parts(*data)
     train, test = parts["train"], parts["test"]
@@ -488,7 +454,7 @@ def make_task(args, domains, source, others) -> tuple[common.Task, dict]:
     targets = {}
     for domain in others:
         origin, chosen = source, range(len(split.classes))
-        if args.dataset in WATERBIRDS:
+        if args.dataset in captions.WATERBIRDS:
             origin, chosen = OTHER_PLACE[domain.name]
         words = words_for(args, origin), words_for(args, domain.name)
         targets[domain.name] = *words, chosen
@@ -593,9 +559,7 @@ def parsers() -> tuple:
     flag("caption-file", Path, None, 'JSON {"path below the data root": "caption"}, and its choice')
     directions = ("local", "global", "additive", "none")
     flag("direction", directions, "local", "of captions (published), class (LADS), unlearnt, none")
-    flag(
-        "sigma", number, 0.03, "noise on a text feature's coordinates (our choice; tiny CLIP: 0.1)"
-    )
+    flag("sigma", number, 0.03, "noise on a text feature (our choice; tiny CLIP: 0.1)")
     flag("pairwise", number, 1.0, "weight of the pairwise regularizer (our choice)")
     flag("consistency", number, 0.0, "weight of LADS' class consistency (published: 1)")
     flag("temperature", ("none", "clip"), "none", "of its cosines (none in LADS' code)")
@@ -614,7 +578,7 @@ def parsers() -> tuple:
     row = runs.Parser(parents=[method], add_help=False, allow_abbrev=False)
     row.add_argument("--zero-shot", action="store_true")
 
-    datasets = [*common.dataset_names("domains"), *WATERBIRDS]
+    datasets = [*common.dataset_names("domains"), *captions.WATERBIRDS]
     command = runs.command_parser("ldfs", __doc__, method, datasets, ROWS, MODES, STUDIES)
     flag = functools.partial(runs.flag, command.add_argument_group("of all rows"))
     text = "labelled domain, or all in turn (officehome: Real World; domainnet, -mini: sketch)"
@@ -629,7 +593,7 @@ def preset(args) -> dict:
     """Defaults that depend on other flags."""
     sources = {"officehome": "Real World", "domainnet": "sketch", "domainnet-mini": "sketch"}
     defaults = {"source": sources.get(args.dataset, "photo")}
-    if args.dataset in WATERBIRDS:
+    if args.dataset in captions.WATERBIRDS:
         defaults["source"] = "usual places"
     if args.dataset == "tiny-waterbirds":
         defaults["cue"] = 0.95

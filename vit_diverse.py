@@ -17,6 +17,7 @@ What the paper leaves open is called "our choice" in --help and explained in res
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import common
-from support.vit import Block, PatchEmbedding, take_apart, torchvision_vit
+from common import runs, tables, vit
 
 
 # ---------- Diversity: orthogonal input gradients ------------------------------------------------
@@ -123,10 +124,10 @@ def subset_hits(model: DiverseViT, heads, labels, masks) -> torch.Tensor:
     Returns: (S, N) bool, on the CPU.
     """
     last, hits = model.last, []
-    said = last.said_by_each(heads)  # (H, N, D), so that a subset costs a sum and the MLP
+    parts = last.contributions(heads)  # (H, N, D), so that a subset costs a sum and the MLP
     at_once = max(1, 2**12 // len(heads))  # class tokens that stay in a cache
     for weights in last.weights(masks.to(heads.device)).split(at_once):
-        x = (weights @ said.flatten(1)).view(-1, *said.shape[1:])  # (chunk, N, D)
+        x = (weights @ parts.flatten(1)).view(-1, *parts.shape[1:])  # (chunk, N, D)
         logits = model.classifier(last.end(x + last.out.bias))  # (chunk, N, C)
         hits.append(logits.argmax(-1).cpu() == labels)
     return torch.cat(hits)
@@ -208,7 +209,7 @@ class LastBlock(nn.Module):
             raise ValueError("head_mask keeps no head; at least one must be 1")
         return head_mask * (self.heads / in_use)
 
-    def said_by_each(self, heads):
+    def contributions(self, heads):
         """Head outputs (N, H, d) -> what each adds to the class token, (H, N, D)."""
         W_o = self.out.weight.T.unflatten(0, (self.heads, -1))  # (H, d, D)
         return heads.transpose(0, 1) @ W_o
@@ -232,8 +233,8 @@ class DiverseViT(nn.Module):
         self, image_size, patch_size, num_classes, dim, depth, heads, mlp_dim, dim_head=64
     ):
         super().__init__()
-        *layers, end = [Block(dim, heads, dim_head, mlp_dim) for _ in range(depth)]
-        self.trunk = nn.Sequential(PatchEmbedding(image_size, patch_size, dim), *layers)
+        *layers, end = [vit.Block(dim, heads, dim_head, mlp_dim) for _ in range(depth)]
+        self.trunk = nn.Sequential(vit.PatchEmbedding(image_size, patch_size, dim), *layers)
         self.last = LastBlock(heads, end.norm, end.qkv, end.out, end.mlp_norm, end.mlp)
         self.classifier = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
 
@@ -254,10 +255,10 @@ class DiverseViT(nn.Module):
         return self.logits(self.head_outputs(self.head_inputs(images)), head_mask)
 
 
-def headwise(vit: nn.Module, num_classes: int) -> DiverseViT:
+def headwise(network: nn.Module, num_classes: int) -> DiverseViT:
     """torchvision's or open_clip's ViT, its last layer changed as the paper does, with a new
     classifier. Raises: InputError for another kind of network."""
-    trunk, last_layer, end_norm = take_apart(vit)
+    trunk, last_layer, end_norm = vit.take_apart(network)
     last = LastBlock(*last_layer)
     model = DiverseViT((1, 1), 1, num_classes, last.out.out_features, 1, 1, 1)  # its classifier
     model.trunk = trunk
@@ -278,12 +279,12 @@ def build(row) -> tuple:
         widths = row.dim, row.depth, row.heads, row.mlp_dim, row.dim_head
         return DiverseViT(IMAGE_SIZES[row.dataset], 4, 2, *widths), None, None
     if row.model == "vit_b_16":
-        vit = torchvision_vit(row.pretrained)
+        network = vit.torchvision_vit(row.pretrained)
     else:
-        vit = common.load_clip(row.model, row.pretrained).visual
+        network = common.load_clip(row.model, row.pretrained).visual
     real = not row.dataset.startswith("tiny-")  # real birds are cropped at random and mirrored
-    augment = common.image_transform(vit, train=real)
-    return headwise(vit, num_classes=2), augment, common.image_transform(vit)
+    augment = common.image_transform(network, train=real)
+    return headwise(network, num_classes=2), augment, common.image_transform(network)
 
 
 # ---------- Training -----------------------------------------------------------------------------
@@ -292,38 +293,40 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     80 % (published).
 
     Returns: for every epoch its last losses; with --protocol published also `epoch_accuracies`.
+    Raises: InputError if the loss is not finite.
     """
     weight = getattr(row, "lambda")  # 0: ERM
+    lr = row.div_lr if row.diverse else row.lr
     order = torch.Generator().manual_seed(seed)
     options = {"generator": order, "collate_fn": common.as_is, "num_workers": row.workers}
     options |= {"persistent_workers": row.workers > 0, "pin_memory": row.device.type == "cuda"}
     loader = DataLoader(sets["train"], row.batch_size, shuffle=True, **options)
-    optimizer = torch.optim.Adam(model.parameters(), row.lr, fused=row.device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=row.device.type == "cuda")
     milestones = [int(part * row.epochs) or 1 for part in (0.7, 0.8)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
     scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")
-    watched = common.Steps(optimizer, scaler=scaler)
-    trunk = common.compiled(model.trunk, row)  # the last layer's gradient has a gradient itself
+    trunk = common.compiled(model.trunk, row.compile)  # not the last layer, differentiated twice
 
     history = []
     for epoch in tqdm(range(1, row.epochs + 1), desc=f"lambda {weight:g}", disable=None):
         model.train()
-        for place, (images, labels) in enumerate(common.profile.batches(loader), start=1):
-            images = images.to(row.device, non_blocking=True)
+        for images, labels in loader:
+            images = images.to(row.device, non_blocking=True)  # (B, 3, h, w)
             labels = labels.to(row.device, non_blocking=True)
             loss_erm, loss_ig = losses(model, trunk, images, labels, row)
             optimizer.zero_grad()
             # L_IG holds gradients: its own gradient goes through the network a second time
             loss = loss_erm + weight * loss_ig
             scaler.scale(loss).backward()
-            watched.take(loss, f"epoch {epoch}, batch {place} of seed {seed}, lambda {weight:g}")
-        watched.check()
+            scaler.step(optimizer)  # optimizer.step(), which fp16 skips where a gradient overflows
+            scaler.update()
+        common.check_finite(loss, f"lambda {weight:g}, epoch {epoch}", lr)
         schedule.step()
         model.eval()
-        found = {"epoch": epoch, "loss_erm": loss_erm.item(), "loss_ig": loss_ig.item()}
+        point = {"epoch": epoch, "loss_erm": loss_erm.item(), "loss_ig": loss_ig.item()}
         if row.protocol == "published":
-            found |= epoch_accuracies(model, sets, row)
-        history.append(found)
+            point |= epoch_accuracies(model, sets, row)
+        history.append(point)
     return history
 
 
@@ -365,14 +368,14 @@ def budget_draws(model, heads: dict, sets: dict, groups, seed: int) -> dict[str,
     hits = subset_hits(model, heads["val_ood"], sets["val_ood"].labels, masks)  # (S, N)
     reached = subset_hits(model, heads["test_ood"], sets["test_ood"].labels, masks)
     reached = subset_scores(reached)  # (S,)
-    rng = common.tiny_rng(seed, "budget")
+    rng = common.tiny_world.tiny_rng(seed, "budget")
     draws = {}
     for n in BUDGETS:
         draws[str(n)] = []
         for _ in range(DRAWS):
-            some = rng.choice(hits.shape[1], n, replace=False)
-            own = None if groups is None else groups[some]
-            chosen = subset_scores(hits[:, some], own).argmax()
+            images = rng.choice(hits.shape[1], n, replace=False)
+            groups_of_images = None if groups is None else groups[images]
+            chosen = subset_scores(hits[:, images], groups_of_images).argmax()
             draws[str(n)].append(reached[chosen].item())
     return draws
 
@@ -381,15 +384,15 @@ def epoch_accuracies(model, sets: dict, row) -> dict[str, dict]:
     """What each head alone reaches on every set that does not train, (H,), and all heads, (1,)."""
     H = model.last.heads
     masks = torch.cat([torch.eye(H), torch.ones(1, H)])
-    found = {"single heads": {}, "all heads": {}}
+    results = {"single heads": {}, "all heads": {}}
     for name, images in sets.items():
         if name == "train":
             continue
         hits = subset_hits(model, collect_heads(model, images, row), images.labels, masks)
         scores = subset_scores(hits).tolist()
-        found["single heads"][name] = scores[:H]
-        found["all heads"][name] = scores[H:]
-    return found
+        results["single heads"][name] = scores[:H]
+        results["all heads"][name] = scores[H:]
+    return results
 
 
 def published_rule(history: list[dict], selected: bool) -> dict[str, float]:
@@ -400,8 +403,8 @@ def published_rule(history: list[dict], selected: bool) -> dict[str, float]:
     for kind in ("id", "ood"):
         validation = np.array([epoch[heads][f"val_{kind}"] for epoch in history])  # (epochs, n)
         test = np.array([epoch[heads][f"test_{kind}"] for epoch in history])
-        place = validation.argmax()
-        best[f"published {kind}"] = float(test.flat[place])
+        index = validation.argmax()
+        best[f"published {kind}"] = float(test.flat[index])
     return best
 
 
@@ -418,7 +421,7 @@ def evaluate_row(row, model, heads: dict, sets: dict, weights, seed: int) -> tup
     id_hits = subset_hits(model, heads["test_id"], sets["test_id"].labels, mask[None])  # (1, N)
     ood_hits = subset_hits(model, heads["test_ood"], test.labels, mask[None])
     worst = subset_scores(ood_hits, test.groups)
-    measures = {
+    metrics = {
         "id": float(np.average(id_hits[0], weights=weights)),
         "ood": subset_scores(ood_hits).item(),
         "worst group": worst.item(),
@@ -427,25 +430,24 @@ def evaluate_row(row, model, heads: dict, sets: dict, weights, seed: int) -> tup
     extra = {"heads": in_use.tolist()}
     if row.selected and row.study == "budget":
         extra["budget"] = budget_draws(model, heads, sets, groups, seed)
-    return measures, extra
+    return metrics, extra
 
 
-def compare(args, run, seed: int) -> None:
+def compare(args, all_rows: dict, run, seed: int) -> None:
     """Train and test every row of one seed."""
-    data = args.dataset, args.data_root, seed, args.cue, args.download, args.skip_broken
+    data = args.dataset, args.data_root, seed, args.cue, args.download
     sets, weights = common.load_id_and_ood(*data)
-    for training, rows in trainings(args.rows).items():
+    for training, rows in trainings(all_rows).items():
         if rows.keys() <= run.rows.keys():
             continue
         *_, row = rows.values()  # they differ in selection alone
         model, history, heads = train_and_look(training, row, sets, run, seed)
         for name, row in rows.items():
-            measures, extra = evaluate_row(row, model, heads, sets, weights, seed)
+            metrics, extra = evaluate_row(row, model, heads, sets, weights, seed)
             if row.protocol == "published":
-                measures |= published_rule(history, row.selected)
-            run.extra.setdefault(name, {}).update(extra)
-            run.add(name, measures)
-    run.record["rows"] = {name: run.rows[name] for name in args.rows}  # the table's order
+                metrics |= published_rule(history, row.selected)
+            run.add(name, metrics, extra)
+    run.record["rows"] = {name: run.rows[name] for name in all_rows}  # the table's order
 
 
 def train_and_look(name: str, row, sets: dict, run, seed: int) -> tuple:
@@ -457,17 +459,16 @@ def train_and_look(name: str, row, sets: dict, run, seed: int) -> tuple:
     model.to(row.device).eval()
     for part, images in sets.items():
         sets[part] = images.transformed(augment if part == "train" else preprocess)
-    if row.cache:
-        sets["train"] = sets["train"].cached(common.cache_folder(row), row.dataset)
-    some = range(min(64, len(sets["val_id"])))
-    images, _ = sets["val_id"].__getitems__(some)
+    indices = range(min(64, len(sets["val_id"])))
+    images, _ = sets["val_id"].__getitems__(indices)
     images = images.to(row.device)
 
     before = head_cosine(model, images)
     history = train(model, sets, row, seed)
     after = head_cosine(model, images)
     print(f"{name}: |cosine| of input gradients {before:.3f}, trained {after:.3f}")
-    common.write_tensors(run.folder / f"{common.slug(name)}.pt", model.state_dict())
+    weights = model.state_dict()
+    runs.write_file(run.folder / f"{common.slug(name)}.pt", lambda file: torch.save(weights, file))
     heads, collected = {}, {}
     for part in ("val_ood", "test_id", "test_ood"):
         same = id(sets[part].images)  # Waterbirds has one test set, see `common.load_id_and_ood`
@@ -482,10 +483,10 @@ def train_and_look(name: str, row, sets: dict, run, seed: int) -> tuple:
 
 # ---------- What the paper compares --------------------------------------------------------------
 ROWS = {
-    "erm": {"diverse": False, "lambda": 0.0, "selected": False},
-    "div": {"diverse": True, "selected": False},
-    "erm+sel": {"diverse": False, "lambda": 0.0, "selected": True},
-    "div+sel": {"diverse": True, "selected": True},
+    "erm": "--lambda 0",
+    "div": "--diverse",
+    "erm+sel": "--lambda 0 --selected",
+    "div+sel": "--diverse --selected",
 }
 STUDIES = {"budget": list(ROWS), "lambda": []}  # lambda: `lambda_rows`, by the data set
 BUDGETS, DRAWS = (8, 16, 32, 64), 50  # labelled OOD images that choose heads, random draws of them
@@ -504,14 +505,13 @@ def lambda_rows(weight: float) -> list[str]:
     """Weights around the one that is used, without and with selection."""
     rows = []
     for factor in (0, 0.01, 0.1, 1, 10):
-        own = f"lambda={factor * weight:.10g}"
-        rows += [f"div/{own}", f"div+sel/{own}"]
+        setting = f"lambda={factor * weight:.10g}"
+        rows += [f"div/{setting}", f"div+sel/{setting}"]
     return rows
 
 
 def by_budget(record: dict) -> dict[str, dict]:
-    """A view of a record: OOD accuracy with heads that n labelled OOD images chose, by n; the mean
-    of the draws."""
+    """{row: {n: OOD accuracy with heads that n labelled OOD images chose, mean of the draws}}."""
     rows = {}
     for name, extra in record["extra"].items():
         if "budget" in extra:
@@ -519,18 +519,21 @@ def by_budget(record: dict) -> dict[str, dict]:
     return rows
 
 
-def save_heads(run) -> None:
-    """--figures: which attribute a head alone follows, and how alike the heads of a network answer,
-    as numbers in analysis.npz."""
-    numbers = {}
-    for name, seen in run.extra.items():
-        for key in ("robust", "spurious", "correlation"):
-            if key in seen:
-                numbers[f"{name} {key}"] = seen[key]
-    common.write_arrays(run.folder / "analysis.npz", **numbers)
+def plot_heads(run) -> None:
+    """--figures: each head alone as a point, how often it follows the label and how often the other
+    attribute; and how alike the heads of a network answer. The numbers are in result.json."""
+    points = {}
+    for name, extra in run.extra.items():
+        if "robust" not in extra:
+            continue
+        points[name] = 100 * np.array(extra["spurious"]), 100 * np.array(extra["robust"])
+        title, path = f"correlation of heads, {name}", run.folder / f"{common.slug(name)}-heads.png"
+        tables.plot_heat(extra["correlation"], title, "head", "head", path, center=0)
+    labels = "agrees with the spurious attribute, %", "agrees with the label, %"
+    tables.plot_points({"single heads": points}, *labels, run.folder / "heads.png")
 
 
-# ---------- Settings: name, kind, default, default with the tiny CLIP, help ----------------------
+# ---------- The command line ---------------------------------------------------------------------
 # What depends on the data set: `mnist-cifar` as published, the others our choice.
 VARYING = "model depth dim_head batch_size epochs lr div_lr lambda normalize".split()
 DEFAULTS = {
@@ -539,89 +542,80 @@ DEFAULTS = {
     "tiny-waterbirds": ("tiny", 4, 16, 80, 5, 1e-4, 1e-4, 1, "token"),
     "waterbirds": ("vit_b_16", 6, 64, 64, 10, 1e-5, 1e-5, 1, "token"),
 }
-count = common.at_least(1)
-SETTINGS = [
-    ("lambda", common.at_least(0, float), None, None, "weight of L_IG in DIV"),
-    ("normalize", ("token", "none"), None, None, "token: cosines (authors' code); none: poster"),
-    ("reduce", ("mean", "sum"), "mean", "mean", "over pairs: sum / H^2 (authors' code) or sum"),
-    ("select-by", ("accuracy", "worst-group"), "accuracy", "accuracy", "of OOD validation images"),
-    ("batch-size", count, None, None, "images in a step"),
-    ("epochs", count, None, None, "passes over the training images"),
-    ("lr", common.positive, None, None, "of ERM; / 10 after 70 % and after 80 % of the epochs"),
-    ("div-lr", common.positive, None, None, "of DIV, which a row may call lr"),
-]
-NETWORK = [  # of --model scratch
-    ("depth", count, None, None, "scratch: layers"),
-    ("dim", count, 64, 64, "scratch: width of a token (published: 64)"),
-    ("heads", count, 4, 4, "scratch: heads of a layer (published: 4)"),
-    ("dim-head", count, None, None, "scratch: width of a head"),
-    ("mlp-dim", count, 128, 128, "scratch: hidden width of the MLPs (published: 128)"),
-]
-PUBLISHED = "published: also all rows as the paper chose them, ID and OOD by different models"
-OF_ALL_ROWS = [
-    *NETWORK,
-    *common.SPEED,
-    ("protocol", ("one-model", "published"), "one-model", "one-model", PUBLISHED),
-    ("download", bool, False, False, "mnist-cifar: fetch MNIST and CIFAR-10 if missing"),
-]
-NEEDS = {"div-lr": "div", "select-by": "sel"}  # rows that they have an effect on
-METHOD = common.Method("vit_diverse", SETTINGS, ROWS, STUDIES, NEEDS)
+DEFAULTS = {dataset: dict(zip(VARYING, values)) for dataset, values in DEFAULTS.items()}
 
 
-def settings(argv=None):
-    """The command line, or argv, checked. Raises: InputError for what would have no effect."""
-    defaults = {dataset: dict(zip(VARYING, values)) for dataset, values in DEFAULTS.items()}
-    doc = f"{__doc__}\n{common.value_table('defaults', defaults)}"
-    args = common.flags(METHOD, doc, list(ROWS), list(DEFAULTS), OF_ALL_ROWS, argv)
-    if args.dataset not in DEFAULTS:
-        hint = common.did_you_mean(args.dataset, DEFAULTS)
-        choice = f"Choose from {', '.join(DEFAULTS)}."
-        raise common.InputError(f"unknown data set {args.dataset!r}{hint} {choice}")
-    preset = {**defaults[args.dataset], "cue": 0.95}
-    model = args.model or preset["model"]
-    refuse_idle_settings(args, model)
+def parsers() -> tuple:
+    """The parser of the command line, and the parser of a row's settings."""
+    method = runs.Parser(add_help=False)
+    flag = functools.partial(runs.flag, method.add_argument_group("method and training"))
+    whole, number, positive = runs.at_least(1), runs.at_least(0, float), runs.positive
+    table = "(default: see above)"
+    flag("lambda", number, None, f"weight of L_IG in DIV {table}")
+    text = f"token: cosines (authors' code); none: poster {table}"
+    flag("normalize", ("token", "none"), None, text)
+    flag("reduce", ("mean", "sum"), "mean", "over pairs: sum / H^2 (authors' code) or sum")
+    flag("select-by", ("accuracy", "worst-group"), "accuracy", "of OOD validation images")
+    flag("batch-size", whole, None, f"images in a step {table}")
+    flag("epochs", whole, None, f"passes over the training images {table}")
+    text = f"of ERM; / 10 after 70 % and after 80 % of the epochs {table}"
+    flag("lr", positive, None, text)
+    flag("div-lr", positive, None, f"of DIV, likewise {table}")
+    row = runs.Parser(parents=[method], add_help=False, allow_abbrev=False)
+    row.add_argument("--diverse", action="store_true")
+    row.add_argument("--selected", action="store_true")
+
+    names = method, list(DEFAULTS), ROWS, list(ROWS), STUDIES
+    doc = f"{__doc__}\n{tables.value_table('defaults', DEFAULTS)}"
+    command = runs.command_parser("vit_diverse", doc, *names)
+    flag = functools.partial(runs.flag, command.add_argument_group("of all rows"))
+    flag("depth", whole, None, f"scratch: layers {table}")
+    flag("dim", whole, 64, "scratch: width of a token (published: 64)")
+    flag("heads", whole, 4, "scratch: heads of a layer (published: 4)")
+    flag("dim-head", whole, None, f"scratch: width of a head {table}")
+    flag("mlp-dim", whole, 128, "scratch: hidden width of the MLPs (published: 128)")
+    text = "published: also all rows as the paper chose them, ID and OOD by different models"
+    flag("protocol", ("one-model", "published"), "one-model", text)
+    flag("download", bool, False, "mnist-cifar: fetch MNIST and CIFAR-10 if missing")
+    flag("compile", bool, False, "compile the training pass of all layers but the last")
+    return command, row
+
+
+def preset(args) -> dict:
+    """Defaults that depend on the data set."""
+    common.check_name(args.dataset, list(DEFAULTS))
+    return {**DEFAULTS[args.dataset], "cue": 0.95}
+
+
+def settings(argv=None) -> tuple:
+    """The command line, or argv, and {row: its settings}."""
+    command, row_parser = parsers()
+    args = runs.read_command(command, preset, STUDIES, argv)
     if args.study == "lambda":
-        given = getattr(args, "lambda")
-        args.modes = lambda_rows(preset["lambda"] if given is None else given)
-    args = common.settle(args, preset)
-    for name, row in args.rows.items():
-        if row.diverse and "/lr=" not in name:
-            row.lr = row.div_lr
-    return args
-
-
-def refuse_idle_settings(args, model: str) -> None:
-    """Raises: InputError for a setting without effect on this data set or model."""
-    idle = ["pretrained"] if model == "scratch" else [name for name, *_ in NETWORK]
-    if args.dataset != "tiny-waterbirds":
-        idle.append("cue")
-    if args.dataset != "mnist-cifar":
-        idle.append("download")
-    for name in idle:
-        if getattr(args, name.replace("-", "_")) is not None:
-            raise common.InputError(f"--{name} has no effect with {args.dataset}, --model {model}")
+        args.modes = lambda_rows(getattr(args, "lambda"))
+    return args, runs.read_rows(row_parser, args, ROWS)
 
 
 # ---------- main ---------------------------------------------------------------------------------
 def main():
-    args = settings()
+    args, rows = settings()
     print(f"{args.dataset}, model {args.model}, device {args.device}, {args.precision}", flush=True)
     records = []
     for seed in args.seeds:
-        with common.open_run(args, "", seed) as run:
-            if not run.complete:
-                compare(args, run, seed)
-                if args.figures:
-                    save_heads(run)
+        run = runs.Run(args, "", seed)
+        if not run.finished:
+            compare(args, rows, run, seed)
+            if args.figures:
+                plot_heads(run)
+            run.finish()
         records.append(run.record)
-    result = common.report(args, records)
+    tables.report(args, records)
     if args.protocol == "published":
         print("published: the best epoch (and head) on each validation set, ID and OOD apart")
     if args.study == "budget":
         budgets = [{**record, "rows": by_budget(record)} for record in records]
-        print("\n" + common.table("ood, %, heads chosen on n images:", budgets))
-    return result
+        print("\n" + tables.table("ood, %, heads chosen on n images:", budgets))
 
 
 if __name__ == "__main__":
-    common.command(main)
+    runs.command(main)

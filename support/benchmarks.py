@@ -28,7 +28,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
 
 from support import ASSETS, InputError, did_you_mean, reason, slug
-from support.report import format_table
+from support.tables import format_table
 from support.tiny_world import SPURIOUS_SPLITS, WATERBIRD_CLASSES, spurious_digits, tiny_rng
 
 DATASETS = json.loads((ASSETS / "datasets.json").read_text())

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from support import ASSETS, InputError, reason
-from support.images import read_image
+from support.benchmarks import read_image
 
 WORDS = ASSETS / "words.json"  # descriptions of domains, and phrases for `retrieve_captions`
 WATERBIRDS = ("tiny-waterbirds", "waterbirds")  # data sets whose domain is the place
@@ -30,6 +30,45 @@ OPENING = (
 
 
 # ---------- Captions in descriptions -------------------------------------------------------------
+def subjects(row, clip, real, description: str, cache: dict) -> list[str]:
+    """What each image of a described domain shows, in words: "red dog on grass".
+
+    Args:
+        row: has captioner, caption_file, model, dataset and data_root.
+        real: the images (an `ImageSet`), their features (N, D) and labels (N,).
+        cache: of CoCa's captions, which all rows of a table share.
+    """
+    classes = [name.replace("_", " ") for name in real.images.classes]
+    names = [classes[label] for label in real.labels]
+    files = real.images.images
+    if row.captioner == "template":
+        return names
+    if row.captioner == "retrieval":
+        groups = phrase_groups(row.model == "tiny", row.dataset)
+        captions = retrieve_captions(clip, real.features, real.labels, classes, description, groups)
+    elif isinstance(files, torch.Tensor):
+        raise InputError(f"--captioner {row.captioner} reads image files, and tiny data are drawn")
+    elif row.captioner == "file":
+        kind, _, folder = row.dataset.rpartition(":")
+        root = folder if kind == "folder" else row.data_root
+        captions = read_captions(row.caption_file, files, root)
+    else:
+        key = "CoCa", files.tobytes()
+        if key not in cache:
+            cache[key] = coca_captions(files.tolist(), clip.device)
+        captions = cache[key]
+    return [subject(caption, name) for caption, name in zip(captions, names)]
+
+
+def phrase_groups(tiny: bool, dataset: str) -> dict[str, list[str]]:
+    """Groups of phrases in which CLIP finds the nearest; in Waterbirds the place is the domain."""
+    words = json.loads(WORDS.read_text())
+    groups = words["phrases of the tiny CLIP" if tiny else "phrases"]
+    if dataset in WATERBIRDS:
+        del groups["place"]
+    return groups
+
+
 def subject(caption: str, class_name: str) -> str:
     """A caption without its opening words, "a photo of a"; the class name if nothing remains."""
     text = caption.strip(" .\n") + " "

@@ -265,6 +265,17 @@ def plot_panels(panels: dict, x_label: str, y_label: str, path: Path, **axes) ->
     save_figure(figure, path)
 
 
+def plot_points(panels: dict, x_label: str, y_label: str, path: Path) -> None:
+    """A panel for each title of {title: {label: (x, y)}}, with a colour for each label's points."""
+    figure, grid = make_panels(1, len(panels), 4.2 * len(panels), 3.6)
+    for panel, (title, groups) in zip(grid[0], panels.items()):
+        for label, (x, y) in groups.items():
+            panel.scatter(x, y, s=30, alpha=0.7, label=label)
+        panel.set(title=title, xlabel=x_label, ylabel=y_label)
+    add_legend(figure, grid[0, -1], len(panels))
+    save_figure(figure, path)
+
+
 def plot_heat(
     values, title: str, x_label: str, y_label: str, path, center=None, names=None
 ) -> None:
