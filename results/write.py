@@ -1,0 +1,423 @@
+"""Write tables.md and ledger.md, the tables of this folder, from its records.
+
+    python results/write.py             # tables.md and ledger.md
+    python results/write.py --pictures  # and assets/tiny_world.png, every thing in every domain
+
+tables.md holds the tables that are listed in RECORDS and VIEWS below. ledger.md shows published
+numbers beside ours: they, the commands and deviations are in assets/published.json, and a command
+writes its records to results/benchmark-....json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import published
+from support import ASSETS, report, slug, tiny_world
+from support.head_study import correlations
+
+RESULTS = Path(__file__).resolve().parent
+NOT_RUN = "not run yet"
+TABLES_INTRODUCTION = """# All tables
+
+Written by `python results/write.py` from the records in this folder. [README.md](README.md) says
+how to read them, what they show, and which command made each record. A section holds the tables
+that its command prints, then differences between rows, then other numbers of the same runs.
+"""
+LEDGER_INTRODUCTION = f"""# The ledger: published numbers, and ours
+
+Written by `python results/write.py` from `assets/published.json` and the records in this folder.
+Accuracies in %, as the papers print them; `-` is a number that is not known here. *{NOT_RUN}*
+means: needs data and a GPU. Run a command from the root of the repository, then the script above
+again.
+
+LDFS has no table here: none of its published numbers is known to us yet. CLIPood's rows ERM, MIRO
+and DPL, and CLIPStyler's pictures in LDFS, are other methods, which no command of ours runs.
+"""
+
+
+# ---------- Views: other numbers of a record, {row: {measure: number}} ---------------------------
+def first_run(record: dict) -> dict:
+    """headpurify: the run of `python headpurify.py`, with the rows that it compares."""
+    if (record["target"], record["seed"]) != ("sketch", 0):
+        return {}
+    return {row: record["rows"][row] for row in ("zero-shot", "lora", "ha-lora+dig")}
+
+
+def places(record: dict) -> dict:
+    """ldfs: both targets of tiny-waterbirds."""
+    rows = {}
+    for row, numbers in record["rows"].items():
+        rows[row] = {place: numbers[f"target/{place}"] for place in ("water", "land")}
+    return rows
+
+
+def synthesised(record: dict) -> dict:
+    """ldfs: what the features that each row was trained on are like."""
+    return record["extra"]["synthesised"]
+
+
+def interference(record: dict) -> dict:
+    """headpurify: |cosine| between the low-rank updates of two heads, averaged over layers."""
+    rows = {}
+    for row, extra in record["extra"].items():
+        if extra.get("interference"):  # only rows with low-rank updates have it
+            rows[row] = {"|cosine|": float(np.mean(extra["interference"]))}
+    return rows
+
+
+def drop(record: dict) -> dict:
+    """headpurify: accuracy on the target by the order and the number of dropped heads."""
+    rows = {}
+    for order, curve in record["extra"]["drop"].items():
+        counts = map(str, curve["dropped"])
+        rows[order] = dict(zip(counts, curve["target"]))
+    return rows
+
+
+def carry(record: dict) -> dict:
+    """headpurify: rank correlation over heads between what they carry, in hundredths."""
+    return correlations(record)
+
+
+def heads(record: dict) -> dict:
+    """vit_diverse: accuracy of single heads, and how similar the heads of one network are."""
+    rows = {}
+    for row, extra in record["extra"].items():
+        if "robust" not in extra:
+            continue
+        correlation = np.array(extra["correlation"])  # (H, H), 1 on the diagonal
+        pairs = ~np.eye(len(correlation), dtype=bool)
+        rows[row] = {
+            "best robust": max(extra["robust"]),
+            "mean robust": float(np.mean(extra["robust"])),
+            "most spurious": max(extra["spurious"]),
+            "|correlation|": float(np.abs(correlation[pairs]).mean()),
+            "|cosine| before": extra["cosine before"],
+            "|cosine| after": extra["cosine after"],
+        }
+    return rows
+
+
+def budget(record: dict) -> dict:
+    """vit_diverse: OOD accuracy with heads chosen on n labelled OOD images, mean over draws."""
+    rows = {}
+    for row, extra in record["extra"].items():
+        if "budget" not in extra:
+            continue
+        rows[row] = {"all heads": record["rows"][row.replace("+sel", "")]["ood"]}
+        for n, accuracies in extra["budget"].items():
+            rows[row][f"n = {n}"] = float(np.mean(accuracies))
+        rows[row]["all of val_ood"] = record["rows"][row]["ood"]
+    return rows
+
+
+# ---------- tables.md ----------------------------------------------------------------------------
+RECORDS = {  # {record: differences that a text mentions, "row - other"}
+    "headpurify-tiny-pacs": ["full - zero-shot"],
+    "headpurify-tiny-office": ["full - zero-shot"],
+    "headpurify-components-tiny-pacs": ["dig - zero-shot", "ha-lora - lora"],
+    "headpurify-mmd-target-tiny-pacs": [],
+    "headpurify-strategy-tiny-pacs": [],
+    "headpurify-lora-capacity-tiny-pacs": [],
+    "headpurify-prompts-tiny-pacs": ["zero-shot/prompt=coop - zero-shot/prompt=templates"],
+    "headpurify-choices-photo": [],
+    "headpurify-choices-sketch": [],
+    "headpurify-drop-heads-tiny-pacs": [],
+    "headpurify-heads-tiny-pacs": [],
+    "headpurify-tiny-pacs-16-heads": [
+        "ha-lora+dig - lora",
+        "ha-lora - lora",
+        "ha-lora - lora/lora-rank=match",
+        "ha-lora+dig - ha-lora",
+    ],
+    "headpurify-drop-heads-tiny-pacs-16-heads": [],
+    "headpurify-heads-tiny-pacs-16-heads": [],
+    "clipood-components-tiny-pacs-domain-shift": [
+        "mms - linear",
+        "mms - ms",
+        "mms+bma - mms",
+        "mms+wise-ft - mms+bma",
+    ],
+    "clipood-components-tiny-office-open-class": [
+        "mms - ms",
+        "mms+bma - mms",
+        "mms+wise-ft - mms+bma",
+    ],
+    "clipood-components-tiny-office-in-the-wild": ["mms - ms", "mms+bma - mms"],
+    "clipood-average-tiny-pacs-domain-shift": [],
+    "clipood-storage-tiny-pacs-domain-shift": [],
+    "clipood-prompts-tiny-pacs-domain-shift": [],
+    "clipood-prompts-tiny-office-open-class": [],
+    "ldfs-tiny-pacs": ["ldfs - plain", "ldfs - lads", "ldfs - zero-shot"],
+    "ldfs-tiny-waterbirds": ["ldfs - lads", "ldfs - zero-shot"],
+    "ldfs-losses-tiny-pacs": [
+        "ldfs/sigma=0/pairwise=0 - ldfs/direction=global/sigma=0/pairwise=0",
+        "ldfs/pairwise=0 - ldfs/sigma=0/pairwise=0",
+        "ldfs - ldfs/pairwise=0",
+        "ldfs/consistency=1 - ldfs",
+        "ldfs/consistency=1/temperature=clip - ldfs",
+        "lads/temperature=clip - lads",
+    ],
+    "ldfs-losses-tiny-waterbirds": [
+        "ldfs - ldfs/pairwise=0",
+        "ldfs/consistency=1 - ldfs",
+        "ldfs/consistency=1/temperature=clip - ldfs",
+    ],
+    "ldfs-finetune-tiny-pacs": [
+        "ldfs/finetune=probe-random - plain/finetune=probe-random",
+        "ldfs/finetune=coop - plain/finetune=coop",
+        "ldfs/finetune=adapter - plain/finetune=adapter",
+        "ldfs/finetune=tip-adapter - lads/finetune=tip-adapter",
+    ],
+    "ldfs-captions-tiny-pacs": [],
+    "ldfs-sigma-tiny-pacs": ["ldfs/sigma=0.1 - ldfs/sigma=0"],
+    "vit_diverse-tiny-mnist-cifar": ["erm+sel - erm", "div - erm"],
+    "vit_diverse-lambda-tiny-mnist-cifar": [
+        "div/lambda=100000 - div/lambda=0",
+        "div+sel/lambda=100000 - div+sel/lambda=0",
+    ],
+    "vit_diverse-lambda-token-tiny-mnist-cifar": [
+        "div/lambda=1 - div/lambda=0",
+        "div+sel/lambda=1 - div+sel/lambda=0",
+        "div/lambda=100 - div/lambda=0",
+        "div+sel/lambda=100 - div+sel/lambda=0",
+    ],
+    "vit_diverse-tiny-waterbirds": ["erm+sel - erm"],
+    "together-tiny-pacs": [
+        "purified+bma - purified",
+        "purified+mms - purified",
+        "purified+mms+bma - purified+bma",
+        "purified+ldfs - purified+probe",
+        "purified+ldfs - purified",
+    ],
+}
+CARRY = "rank correlation, in hundredths"
+DROP = "target, %, heads dropped:"
+VIEWS = [  # record, title, numbers, differences
+    ("headpurify-tiny-pacs", "tiny-pacs, 1 run, %", first_run, ["lora - ha-lora+dig"]),
+    ("headpurify-components-tiny-pacs", "mean |cosine|, %", interference, []),
+    ("headpurify-drop-heads-tiny-pacs", DROP, drop, ["greedy on sources - random"]),
+    ("headpurify-heads-tiny-pacs", CARRY, carry, []),
+    (
+        "headpurify-drop-heads-tiny-pacs-16-heads",
+        DROP,
+        drop,
+        ["greedy on sources - random", "gates on frozen CLIP - random"],
+    ),
+    ("headpurify-heads-tiny-pacs-16-heads", CARRY, carry, []),
+    ("ldfs-tiny-waterbirds", "target, %", places, []),
+    ("ldfs-tiny-pacs", "synthesised, %", synthesised, []),
+    ("ldfs-losses-tiny-pacs", "synthesised, %", synthesised, []),
+    ("ldfs-losses-tiny-waterbirds", "synthesised, %", synthesised, []),
+    ("vit_diverse-tiny-mnist-cifar", "single heads, %", heads, []),
+    ("vit_diverse-tiny-mnist-cifar", "ood, %", budget, []),
+    (
+        "vit_diverse-lambda-token-tiny-mnist-cifar",
+        "single heads, %",
+        heads,
+        ["div/lambda=100 - div/lambda=0"],
+    ),
+]
+
+
+def read_records(name: str) -> list[dict]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["records"]
+
+
+def difference(records: list[dict], pair: str, measure: str) -> str:
+    """`+1.3 (se 0.8, 5 seeds)` for "row - other", or `-` where one of them lacks the measure."""
+    row, other = pair.split(" - ")
+    for name in (row, other):
+        if not report.seed_means(records, name, measure):
+            return "-"
+    return report.gain(*report.paired(records, row, other, measure))
+
+
+def difference_table(records: list[dict], pairs: list[str], by_target: str = "") -> str:
+    """A row for each pair, a column for each measure, and for `by_target` in each target."""
+    columns = {measure: (records, measure) for measure in report.measures_of(records)}
+    targets = report.targets_of(records)
+    if by_target and len(targets) > 1:
+        for target in targets:
+            runs = [record for record in records if record["target"] == target]
+            columns[f"{by_target}/{target}"] = runs, by_target
+    rows = {}
+    for pair in pairs:
+        rows[pair] = [difference(runs, pair, measure) for runs, measure in columns.values()]
+    return report.format_table("difference", list(columns), rows)
+
+
+def accuracy_tables(name: str) -> list[str]:
+    """The tables that the command of a record prints, and differences between rows."""
+    records = read_records(name)
+    dataset = name[name.find("tiny-") :] if "tiny-" in name else name
+    measure = report.main_measure(records)
+    versus = measure if len(records) > 1 else None
+    texts = [report.table(f"{dataset}, %", records, versus)]
+    if len(report.targets_of(records)) > 1:
+        texts.append(report.target_table(f"{dataset}, {measure}, %", records, measure))
+    if RECORDS[name]:
+        texts.append(difference_table(records, RECORDS[name], measure))
+    return texts
+
+
+def view_tables(name: str) -> list[str]:
+    """Other numbers of the same runs, and their differences."""
+    texts = []
+    for record_name, title, view, pairs in VIEWS:
+        if record_name != name:
+            continue
+        records = [{**record, "rows": view(record)} for record in read_records(name)]
+        records = [record for record in records if record["rows"]]
+        texts.append(report.table(title, records))
+        if pairs:
+            texts.append(difference_table(records, pairs))
+    return texts
+
+
+def all_tables() -> str:
+    """The text of tables.md: a section for each record."""
+    parts = [TABLES_INTRODUCTION]
+    for name in RECORDS:
+        parts.append(f"## {name}\nFrom [{name}.json]({name}.json).\n")
+        for table in accuracy_tables(name) + view_tables(name):
+            parts.append(f"```text\n{table}\n```\n")
+    return "\n".join(parts)
+
+
+# ---------- ledger.md ----------------------------------------------------------------------------
+
+
+def summary_file(table: dict, dataset: str) -> str:
+    return f"benchmark-{table['script']}-{table['name']}-{dataset}.json"
+
+
+def commands(table: dict) -> list[str]:
+    """The command line for each data set of a published table."""
+    lines = []
+    for dataset in table["sets"]:
+        flags = table["command"].replace("{set}", dataset)
+        summary = f"results/{summary_file(table, dataset)}"
+        lines.append(f"python {table['script']}.py {flags} --summary {summary}")
+    return lines
+
+
+def benchmark_records(table: dict, folder: Path) -> dict[str, list[dict]]:
+    """{data set: records} of those that have been run."""
+    records = {}
+    for dataset in table["sets"]:
+        path = folder / summary_file(table, dataset)
+        if path.exists():
+            records[dataset] = json.loads(path.read_text())["records"]
+    return records
+
+
+def our_number(by_dataset: dict, table: dict, row: str, column: list[str]) -> str:
+    """Mean and deviation over seeds. column: data set or "average", measure, and maybe a target."""
+    dataset, measure, *target = column
+    records = by_dataset.get(dataset, [])
+    if dataset == "average" and len(by_dataset) == len(table["sets"]):
+        records = report.average_records(by_dataset)
+    if target:
+        name = slug(target[0])
+        records = [record for record in records if slug(record["target"]) == name]
+    return report.percent(report.seed_means(records, row, measure)) if records else NOT_RUN
+
+
+def published_number(numbers: dict, index: int) -> str:
+    accuracy = numbers["accuracy"][index]
+    if accuracy is None:
+        return "-"
+    deviation = f" ± {numbers['deviation'][index]}" if "deviation" in numbers else ""
+    return f"{accuracy}{deviation}"
+
+
+def markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def ledger_section(table: dict, folder: Path) -> str:
+    """One table of a paper: commands, numbers, deviations."""
+    by_dataset = benchmark_records(table, folder)
+    titles = []
+    for dataset, measure, *target in table["columns"]:
+        parts = [*target, measure] if len(table["sets"]) == 1 else [dataset, measure]
+        titles.append(", ".join(part for part in parts if part != "target"))
+    lines = [markdown_row(["", *titles]), "|---" * (len(titles) + 1) + "|"]
+    for name, numbers in table["rows"].items():
+        row, columns = numbers["ours"], table["columns"]
+        theirs = [published_number(numbers, index) for index in range(len(titles))]
+        ours = [our_number(by_dataset, table, row, column) for column in columns]
+        lines.append(markdown_row([f"**{name}**, published", *theirs]))
+        lines.append(markdown_row([f"ours, `{row}`", *ours]))
+    shell = "\n".join(commands(table))
+    numbers = "\n".join(lines)
+    text = f"### {table['table']}\n```bash\n{shell}\n```\n\n{numbers}\n"
+    return f"{text}\nKnown deviations: {table['deviations']}\n"
+
+
+def ledger(folder: Path = RESULTS) -> str:
+    """The text of ledger.md, with our numbers from the benchmark records in `folder`."""
+    parts, paper = [LEDGER_INTRODUCTION], ""
+    for table in published():
+        if table["paper"] != paper:
+            paper = table["paper"]
+            parts.append(f"## {paper}\n")
+        parts.append(ledger_section(table, folder))
+    return "\n".join(parts)
+
+
+# ---------- assets/tiny_world.png ----------------------------------------------------------------
+DOMAINS = ("photo", "art_painting", "cartoon", "sketch")
+POSES = {"pretraining": tiny_world.PRETRAINING_POSE, "task": tiny_world.TASK_POSE}
+
+
+def contact_sheet():
+    """A figure with a column for each thing and two rows for each domain: above as the tiny CLIP
+    was pretrained on it, below as the tiny sets show it."""
+    names = (*tiny_world.OFFICE_CLASSES, *tiny_world.WATERBIRD_CLASSES)
+    kinds = list(tiny_world.BACKGROUNDS)
+    figure, axes = plt.subplots(8, len(names), figsize=(len(names), 8 * 1.06))
+    rows = iter(axes)
+    for domain in DOMAINS:
+        rng = tiny_world.tiny_rng(1000, "contact sheet", domain)
+        for index, (label, pose) in enumerate(POSES.items()):
+            backgrounds = [kinds[(i + 3 * index) % len(kinds)] for i in range(len(names))]
+            colors = tiny_world.random_colors(rng, len(names))
+            images = tiny_world.draw(names, domain, backgrounds, colors, rng, pose)
+            cells = next(rows)
+            for cell, pixels in zip(cells, images):
+                cell.imshow(pixels.permute(1, 2, 0), interpolation="nearest")
+                cell.set(xticks=[], yticks=[])
+            cells[0].set_ylabel(f"{domain}\n{label}", fontsize=8)
+    for cell, name in zip(axes[0], names):
+        cell.set_title(name, fontsize=9)
+    edges = {"left": 0.05, "right": 0.998, "top": 0.965, "bottom": 0.005}
+    figure.subplots_adjust(**edges, wspace=0.04, hspace=0.04)
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", action="store_true", help="draw assets/tiny_world.png too")
+    pictures = parser.parse_args().pictures
+    (RESULTS / "tables.md").write_text(all_tables())
+    (RESULTS / "ledger.md").write_text(ledger())
+    print("wrote results/tables.md and results/ledger.md")
+    if pictures:
+        contact_sheet().savefig(ASSETS / "tiny_world.png", dpi=132)
+        print("wrote assets/tiny_world.png")
+
+
+if __name__ == "__main__":
+    main()

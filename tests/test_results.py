@@ -1,0 +1,247 @@
+"""results/: tables.md and ledger.md are up to date, and the texts say what the records hold."""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from results import write
+from support import report
+
+ROOT = write.RESULTS.parent
+TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "results/README.md")}
+TABLES = (write.RESULTS / "tables.md").read_text()
+SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", TABLES, re.M | re.S))
+FROM_NOTEBOOKS = {"together-tiny-pacs": "05_together"}  # records, and what writes them
+NUMBER = re.compile(
+    r"(?<![\w.=/+-])[+-]\d+\.\d(?: \((?:se \d+\.\d, \d+ seeds|1 seed))?"  # +1.3 (se 0.8, 5 seeds
+    r"|\bse \d+\.\d|(?<![\d.+-])\d+\.\d(?= (?:%|hundredths))"
+)
+
+
+def committed(ending):
+    """Files in results/; where git tells, without those that a study has written since."""
+    listed = subprocess.run(
+        ["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True
+    )
+    paths = [ROOT / name for name in listed.stdout.split()] or write.RESULTS.iterdir()
+    return [path for path in paths if path.suffix == ending and path.exists()]
+
+
+STEMS = [path.stem for path in committed(".json")]
+RECORDS = sorted(stem for stem in STEMS if not stem.startswith("benchmark-"))
+
+
+# ---------- Numbers and tables of the texts ------------------------------------------------------
+def shown(text):
+    """(what a text shows, the section of tables.md that it names or None), in two kinds: tables as
+    tuples of rows, and numbers. The section is that of the next link in the same paragraph."""
+    for label, address in re.findall(r"^\[(.+)\]: (\S+)$", text, re.M):
+        text = text.replace(f"[{label}]", f"[{label}]({address})")
+    for block in re.findall(r"```text\n(.*?)```", text, re.S):
+        yield table_rows(block), None
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    for paragraph in re.split(r"\n\s*\n|\n(?=- |\|)", text):
+        paragraph = " ".join(paragraph.split())
+        for number in NUMBER.finditer(paragraph):
+            link = re.search(r"tables\.md#([\w-]+)", paragraph[number.end() :])
+            yield number[0], link and link[1]
+
+
+def table_rows(block):
+    """The rows of a table as text: all lines with columns."""
+    return tuple(" ".join(line.split()) for line in block.splitlines() if "  " in line)
+
+
+def is_there(item, section):
+    if isinstance(item, tuple):
+        blocks = re.findall(r"```text\n(.*?)```", TABLES, re.S)
+        return any(set(item) <= set(table_rows(block)) for block in blocks)
+    text = SECTIONS.get(section, "") if section else TABLES
+    return re.search(rf"(?<![\d.+-]){re.escape(item)}(?!\d)", text)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_numbers_of_the_texts_stand_in_the_tables(name):
+    items = list(shown(TEXTS[name]))
+    assert len(items) > 10
+    assert [item for item in items if not is_there(*item)] == []
+    if name == "results/README.md":
+        assert all(section for item, section in items if isinstance(item, str))
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("+6.1 (", "+6.2 ("),
+        ("+6.1 (", "-6.1 ("),
+        ("se 0.4", "se 0.5"),
+        ("5 seeds", "2 seeds"),
+        ("#headpurify-tiny-pacs", "#headpurify-tiny-office"),
+        ("#headpurify-tiny-pacs", "#nowhere"),
+        ("57.2 %", "52.2 %"),
+        ("67.3 ± 1.2", "67.4 ± 1.2"),
+    ],
+)
+def test_a_wrong_number_is_noticed(right, wrong):
+    text = """At 57.2 % it is +6.1 (se 0.4, 5
+seeds; [table](tables.md#headpurify-tiny-pacs)) better.
+
+```text
+tiny-pacs-16-heads, %    hold-out      source      target         last minus this
+lora                   67.3 ± 1.2  60.7 ± 1.4  55.6 ± 0.7  +0.5 (se 0.1, 5 seeds)
+```
+"""
+    assert len(list(shown(text))) == 3 and all(is_there(*item) for item in shown(text))
+    assert not all(is_there(*item) for item in shown(text.replace(right, wrong)))
+
+
+@pytest.mark.parametrize(
+    "name, row, other, measure, ahead",
+    [
+        ("headpurify-tiny-pacs", "ha-lora+dig", "zero-shot", "target", True),
+        ("headpurify-tiny-pacs", "ha-lora+dig", "lora", "target", False),
+        ("headpurify-tiny-pacs", "ha-lora+dig", "full", "target", False),
+        ("headpurify-tiny-office", "ha-lora+dig", "full", "target", False),
+        (
+            "headpurify-mmd-target-tiny-pacs",
+            "ha-lora+dig",
+            "ha-lora+dig/mmd-grad=both",
+            "target",
+            True,
+        ),
+        ("clipood-components-tiny-pacs-domain-shift", "mms", "linear", "target", True),
+        ("clipood-components-tiny-pacs-domain-shift", "mms+bma", "mms", "target", False),
+        ("clipood-components-tiny-pacs-domain-shift", "mms+wise-ft", "mms+bma", "target", True),
+        ("clipood-components-tiny-office-open-class", "mms+bma", "mms", "new", True),
+        ("clipood-components-tiny-office-open-class", "mms+wise-ft", "mms+bma", "H", False),
+        ("ldfs-tiny-pacs", "ldfs", "plain", "target", True),
+        ("ldfs-tiny-pacs", "ldfs", "plain", "source", False),
+        ("ldfs-tiny-pacs", "ldfs", "lads", "target", True),
+        ("ldfs-losses-tiny-pacs", "lads/temperature=clip", "lads", "target", True),
+        ("ldfs-tiny-waterbirds", "ldfs", "lads", "target", True),
+        ("ldfs-tiny-waterbirds", "zero-shot", "ldfs", "target", True),
+        ("ldfs-losses-tiny-waterbirds", "ldfs", "ldfs/consistency=1", "target", True),
+        ("vit_diverse-tiny-mnist-cifar", "erm+sel", "erm", "ood", True),
+        ("vit_diverse-tiny-mnist-cifar", "div+sel", "erm+sel", "ood", False),
+        ("vit_diverse-lambda-tiny-mnist-cifar", "div/lambda=100000", "div/lambda=0", "ood", True),
+        ("vit_diverse-lambda-token-tiny-mnist-cifar", "div/lambda=1", "div/lambda=0", "ood", True),
+    ],
+)
+def test_words_around_the_numbers(name, row, other, measure, ahead):
+    """What the texts call ahead is so by two standard errors; what they call level is not."""
+    mean, error, _ = report.paired(write.read_records(name), row, other, measure)
+    assert mean > 2 * error if ahead else abs(mean) <= 2 * error
+
+
+# ---------- Records ------------------------------------------------------------------------------
+def test_files_are_what_write_writes():
+    assert write.all_tables() == TABLES
+    assert write.ledger() == (write.RESULTS / "ledger.md").read_text()
+    assert len(TEXTS["results/README.md"].encode()) <= 25_000
+
+
+def test_every_record_is_shown_and_has_a_command(settings_of):
+    assert list(write.RECORDS) == list(SECTIONS)
+    assert sorted(write.RECORDS) == RECORDS
+    written = list(FROM_NOTEBOOKS)
+    for command in re.findall(r"^python \w.*--.*", TEXTS["results/README.md"], re.M):
+        command = command.split("#")[0]
+        summary = re.search(r"--summary results/(\S+)\.json", command)
+        if summary:
+            written.append(summary[1])
+        elif "--study" in command:
+            written.append(settings_of(command).summary.stem)
+    assert sorted(written) == RECORDS
+    for name, notebook in FROM_NOTEBOOKS.items():
+        assert f"{name}.json" in (ROOT / "notebooks" / f"{notebook}.ipynb").read_text()
+
+
+def test_records_are_whole():
+    for name in RECORDS:
+        stored = json.loads((write.RESULTS / f"{name}.json").read_text())
+        assert set(stored) == {"settings", "records"}
+        for record in stored["records"]:
+            assert set(record) == {"target", "seed", "rows", "extra"}
+            assert list(record["rows"]) == list(stored["records"][0]["rows"])
+            for numbers in record["rows"].values():
+                assert all(0 <= number <= 1 for number in numbers.values())
+
+
+def test_pictures_are_there_and_shown():
+    linked = set()
+    for name, text in TEXTS.items():
+        for path in re.findall(r"!\[[^]]+\]\((.*?)\)", text):
+            linked.add(((ROOT / name).parent / path).resolve())
+    assert all(path.exists() for path in linked)
+    assert set(committed(".png")) <= linked
+
+
+# ---------- The ledger ---------------------------------------------------------------------------
+PUBLISHED = write.published()
+COMMANDS = [(table, line) for table in PUBLISHED for line in write.commands(table)]
+
+
+def test_published_numbers_are_complete():
+    for table in PUBLISHED:
+        assert {dataset for dataset, *_ in table["columns"]} - {"average"} <= set(table["sets"])
+        for numbers in table["rows"].values():
+            assert len(numbers["accuracy"]) == len(table["columns"])
+            assert len(numbers.get("deviation", table["columns"])) == len(table["columns"])
+            assert all(0 < number < 100 for number in numbers["accuracy"] if number is not None)
+
+
+@pytest.mark.parametrize("table, line", COMMANDS, ids=lambda value: str(value)[:80])
+def test_commands_of_the_ledger_are_understood(table, line, settings_of):
+    args = settings_of(line)
+    assert args.summary.name == write.summary_file(table, args.dataset)
+    assert {numbers["ours"] for numbers in table["rows"].values()} <= set(args.rows)
+
+
+def our_cells(folder, table, name, records, **changes):
+    """Our cells of one row of a published table, with the records {data set: [...]} in a folder."""
+    table = {**table, **changes, "rows": {name: table["rows"][name]}}
+    for dataset, runs in records.items():
+        path = folder / write.summary_file(table, dataset)
+        path.write_text(json.dumps({"settings": {}, "records": runs}))
+    (line,) = re.findall(r"^\| ours, .*", write.ledger_section(table, folder), re.M)
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def run(domain, seed, row, **measures):
+    return {"target": domain, "seed": seed, "rows": {row: measures}, "extra": {}}
+
+
+def test_our_numbers_of_data_sets_and_their_average(tmp_path):
+    """Means over targets, then over seeds; an average only where every set was run."""
+    columns = [["pacs", "target"], ["vlcs", "target"], ["average", "target"]]
+    changes = {"sets": ["pacs", "vlcs"], "columns": columns}
+    accuracies = {("art", 0): 0.9, ("photo", 0): 1.0, ("art", 1): 0.88, ("photo", 1): 0.98}
+    pacs = [run(*name, "mms+bma", target=number) for name, number in accuracies.items()]
+    cells = our_cells(tmp_path, PUBLISHED[0], "CLIPood", {"pacs": pacs}, **changes)
+    # 95 and 93: mean 94, sample deviation sqrt(2)
+    assert cells == ["94.0 ± 1.4", "not run yet", "not run yet"]
+    vlcs = [run("sun09", seed, "mms+bma", target=0.8) for seed in (0, 1)]
+    cells = our_cells(tmp_path, PUBLISHED[0], "CLIPood", {"vlcs": vlcs}, **changes)
+    assert cells == ["94.0 ± 1.4", "80.0 ± 0.0", "87.0 ± 0.7"]  # 87.5 and 86.5
+
+
+def test_our_numbers_of_single_targets(tmp_path):
+    """A target is found by its name, however it is written."""
+    (table,) = [table for table in PUBLISHED if table["table"].endswith("Office-Home")]
+    targets = ("Art", "Clipart", "Product", "Real_World")
+    runs = []
+    for i, target in enumerate(targets):
+        runs.append(run(target, 0, "mms+bma", base=0.5, new=0.25, total=0.1 * (i + 1)))
+    cells = our_cells(tmp_path, table, "CLIPood", {"officehome": runs})
+    assert cells == ["50.0"] * 4 + ["25.0"] * 4 + ["10.0", "20.0", "30.0", "40.0"]
+
+
+def test_harmonic_mean_of_an_average_is_that_of_the_averages(tmp_path):
+    runs = {
+        "imagenet": [run("", 0, "zero-shot", base=0.9, new=0.6, H=0.72)],
+        "dtd": [run("", 0, "zero-shot", base=0.5, new=0.2, H=0.29)],
+    }
+    cells = our_cells(tmp_path, PUBLISHED[2], "CLIP", runs, sets=list(runs))
+    assert cells == ["90.0", "60.0", "72.0", "70.0", "40.0", "50.9"]  # H of 70 and 40
