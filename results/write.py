@@ -19,8 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import published
-from support import ASSETS, report, slug, tiny_world
+from support import ASSETS, slug, tables, tiny_world
 from support.head_study import correlations
 
 RESULTS = Path(__file__).resolve().parent
@@ -236,15 +235,15 @@ def difference(records: list[dict], pair: str, measure: str) -> str:
     """`+1.3 (se 0.8, 5 seeds)` for "row - other", or `-` where one of them lacks the measure."""
     row, other = pair.split(" - ")
     for name in (row, other):
-        if not report.seed_means(records, name, measure):
+        if not tables.seed_means(records, name, measure):
             return "-"
-    return report.gain(*report.paired(records, row, other, measure))
+    return tables.gain(*tables.paired(records, row, other, measure))
 
 
 def difference_table(records: list[dict], pairs: list[str], by_target: str = "") -> str:
     """A row for each pair, a column for each measure, and for `by_target` in each target."""
-    columns = {measure: (records, measure) for measure in report.measures_of(records)}
-    targets = report.targets_of(records)
+    columns = {measure: (records, measure) for measure in tables.measures_of(records)}
+    targets = tables.targets_of(records)
     if by_target and len(targets) > 1:
         for target in targets:
             runs = [record for record in records if record["target"] == target]
@@ -252,18 +251,18 @@ def difference_table(records: list[dict], pairs: list[str], by_target: str = "")
     rows = {}
     for pair in pairs:
         rows[pair] = [difference(runs, pair, measure) for runs, measure in columns.values()]
-    return report.format_table("difference", list(columns), rows)
+    return tables.format_table("difference", list(columns), rows)
 
 
 def accuracy_tables(name: str) -> list[str]:
     """The tables that the command of a record prints, and differences between rows."""
     records = read_records(name)
     dataset = name[name.find("tiny-") :] if "tiny-" in name else name
-    measure = report.main_measure(records)
+    measure = tables.main_measure(records)
     versus = measure if len(records) > 1 else None
-    texts = [report.table(f"{dataset}, %", records, versus)]
-    if len(report.targets_of(records)) > 1:
-        texts.append(report.target_table(f"{dataset}, {measure}, %", records, measure))
+    texts = [tables.table(f"{dataset}, %", records, versus)]
+    if len(tables.targets_of(records)) > 1:
+        texts.append(tables.target_table(f"{dataset}, {measure}, %", records, measure))
     if RECORDS[name]:
         texts.append(difference_table(records, RECORDS[name], measure))
     return texts
@@ -277,7 +276,7 @@ def view_tables(name: str) -> list[str]:
             continue
         records = [{**record, "rows": view(record)} for record in read_records(name)]
         records = [record for record in records if record["rows"]]
-        texts.append(report.table(title, records))
+        texts.append(tables.table(title, records))
         if pairs:
             texts.append(difference_table(records, pairs))
     return texts
@@ -325,11 +324,11 @@ def our_number(by_dataset: dict, table: dict, row: str, column: list[str]) -> st
     dataset, measure, *target = column
     records = by_dataset.get(dataset, [])
     if dataset == "average" and len(by_dataset) == len(table["sets"]):
-        records = report.average_records(by_dataset)
+        records = tables.average_records(by_dataset)
     if target:
         name = slug(target[0])
         records = [record for record in records if slug(record["target"]) == name]
-    return report.percent(report.seed_means(records, row, measure)) if records else NOT_RUN
+    return tables.percent(tables.seed_means(records, row, measure)) if records else NOT_RUN
 
 
 def published_number(numbers: dict, index: int) -> str:
@@ -367,7 +366,7 @@ def ledger_section(table: dict, folder: Path) -> str:
 def ledger(folder: Path = RESULTS) -> str:
     """The text of ledger.md, with our numbers from the benchmark records in `folder`."""
     parts, paper = [LEDGER_INTRODUCTION], ""
-    for table in published():
+    for table in tables.published():
         if table["paper"] != paper:
             paper = table["paper"]
             parts.append(f"## {paper}\n")
