@@ -1,9 +1,11 @@
 """The tiny world: 32 x 32 images of 16 (+ 2) things, painted in four styles on eight backgrounds.
 
-A *drawing* is a list of polygons in unit coordinates (x to the right, y down, the thing fills
--1 ... 1). A *domain* is a way to paint it. The rest of an image is its colour, its background and
-its pose. The tiny sets stand at the end; `common.py` makes image sets of them. The shipped CLIP was
-pretrained on this world, so its random streams must stay as they are.
+A *drawing* is a list of polygons in unit coordinates: x points to the right, y points down, and the
+thing fills -1 ... 1. A *domain* is a way to paint it. An image also has a colour, a background and
+a pose. The tiny data sets are at the end of this file; `common.py` turns them into image sets.
+
+The shipped CLIP was pretrained on these images, so the random streams must not change: a call to
+`rng` that is added, removed or moved changes every image after it.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def legs(xs, top, bottom, width):
 
 
 def petals(turn):
-    """Six ovals around the head of a flower."""
+    """Six ovals around the head of a flower, rotated by `turn` radians."""
     angles = np.arange(6) * np.pi / 3 + turn
     return [oval(0.36 * np.sin(a), -0.4 + 0.36 * np.cos(a), 0.23, 0.23) for a in angles]
 
@@ -98,11 +100,11 @@ def petals(turn):
 def five_points(inner):
     """A star whose inner corners lie at this radius, as a polygon, (10, 2)."""
     angle = np.arange(10) * np.pi / 5
-    radius = np.resize((0.95, inner), 10)  # outer and inner corners take turns
+    radius = np.resize((0.95, inner), 10)  # outer and inner corners alternate
     return np.stack([radius * np.sin(angle), radius * -np.cos(angle)], 1)
 
 
-# A drawing takes u(low, high), uniform random numbers for its proportions. The first polygon lies
+# A drawing varies its proportions with u(low, high), a uniform random number. The first polygon is
 # furthest back.
 DRAWINGS = {
     "dog": lambda u: [
@@ -231,23 +233,23 @@ DRAWINGS = {
 
 @dataclass(frozen=True)
 class Pose:
-    """How a thing sits in its image."""
+    """Size, rotation and position of a thing in its image. Each image draws its own values."""
 
-    size: tuple[float, float]  # share of the half image
-    turn: float  # degrees
-    shift: float  # share of the half image
+    size: tuple[float, float]  # smallest and largest, 1 fills the image
+    turn: float  # at most so many degrees in either direction
+    shift: float  # at most, in either direction; 1 is half the image
 
 
-# The task shift. CLIP is pretrained on large and fairly centred things; every downstream set shows
-# smaller ones, further off centre. All domains share this shift, so what is learnt on the sources
-# can help the target: with equal poses fine-tuning has nothing to learn that would carry over. The
-# shift and the default cue were chosen once, on seed 1000.
+# CLIP is pretrained on large things near the centre. In every downstream set they are smaller and
+# further off centre. All domains share this shift, so what a model learns on the source domains can
+# help on the target; without it, fine-tuning would have nothing to learn that transfers. The shift
+# and the default cue were chosen once, on seed 1000.
 PRETRAINING_POSE = Pose(size=(0.60, 0.95), turn=20, shift=0.15)
 TASK_POSE = Pose(size=(0.45, 0.65), turn=20, shift=0.30)
 
 
 def trace(names, pose, line_width, rng):
-    """Draw things as coverage maps: tone, area and outline, each (N, 32, 32) in [0, 1]."""
+    """Draw things as three maps: tone, area and outline, each (N, 32, 32) in [0, 1]."""
     maps = np.empty((len(names), SIDE, SIDE, 3), np.float32)
     for i, name in enumerate(names):
         rotation, shift = _random_pose(pose, rng)
@@ -258,19 +260,19 @@ def trace(names, pose, line_width, rng):
 
 
 def _random_pose(pose, rng):
-    """A matrix (2, 2) that turns and scales a drawing, and a shift (2,)."""
+    """A matrix (2, 2) that rotates and scales a drawing, and a shift (2,)."""
     size = rng.uniform(*pose.size)
     turn = np.radians(rng.uniform(-pose.turn, pose.turn))
     sin, cos = np.sin(turn), np.cos(turn)
     rotation = size * np.array([[cos, sin], [-sin, cos]])
     rotation[0] *= rng.choice((-1, 1))  # facing left or right
-    rotation *= rng.uniform(0.88, 1.12, (1, 2))  # broader or taller
+    rotation *= rng.uniform(0.88, 1.12, (1, 2))  # wider or taller
     shift = rng.uniform(-pose.shift, pose.shift, 2)
     return rotation, shift
 
 
 def _trace_one(name, rotation, shift, width, rng):
-    """A picture of 32 x 32 pixels, red: tone, green: area, blue: outline."""
+    """An image of 32 x 32 pixels: tone is red, area is green, outline is blue."""
     side = SIDE * OVERSAMPLING
     canvas = Image.new("RGB", (side, side))
     pen = ImageDraw.Draw(canvas)
@@ -279,7 +281,7 @@ def _trace_one(name, rotation, shift, width, rng):
         points = ((points + 1) * (side / 2)).ravel().tolist()
         tone = int(rng.integers(170, 256))
         pen.polygon(points, fill=(tone, 255, 0))
-        closed = points + points[:4]  # over the first two corners again: no gap at the joint
+        closed = points + points[:4]  # repeat two corners: no gap where the line closes
         pen.line(closed, fill=(tone, 255, 255), width=width)
     return canvas.reduce(OVERSAMPLING)
 
@@ -287,7 +289,7 @@ def _trace_one(name, rotation, shift, width, rng):
 def smooth_noise(rng, n, rows, columns=None):
     """Random fields, (n, 32, 32) in [0, 1]: a grid of uniform numbers, bilinearly enlarged.
 
-    Fewer rows: smoother.
+    The fewer rows and columns the grid has, the smoother the field.
     """
     columns = columns or rows
     grid = rng.random((n, rows, columns), dtype=np.float32)
@@ -313,7 +315,7 @@ def _shifted_grid(rng, n):
 
 def _brick(rng, n):
     y, x = _shifted_grid(rng, n)
-    course = y // 6  # every other course is laid half a brick further
+    course = y // 6  # every second course is shifted by half a brick
     mortar = (y % 6 == 0) | ((x + 5 * (course % 2)) % 10 == 0)
     return 1.0 - mortar
 
@@ -323,14 +325,15 @@ def _road(rng, n):
     return 0.35 + 0.65 * ((x % 16 < 2) & (y % 8 < 5))
 
 
-# Texture of each background, (n, 32, 32) in [0, 1]. A painted domain tints it, a sketch hatches.
+# The texture of each background, (n, 32, 32) in [0, 1]. Painted domains colour it; sketches turn it
+# into hatching.
 TEXTURES = {
     "grass": lambda rng, n: smooth_noise(rng, n, 8, 32),  # upright blades
     "sky": lambda rng, n: np.clip(2.4 * smooth_noise(rng, n, 7, 4) - 0.7, 0, 1),  # clouds
     "sand": lambda rng, n: rng.random((n, SIDE, SIDE)),  # grains
     "night": lambda rng, n: (rng.random((n, SIDE, SIDE)) > 0.96) * 1.0,  # stars
     "water": lambda rng, n: _wave(rng, n, 1.1, 7),  # waves
-    "road": _road,  # lane marks
+    "road": _road,  # lane markings
     "snow": lambda rng, n: np.clip(3 * smooth_noise(rng, n, 14) - 1, 0, 1),  # flakes
     "brick": _brick,
 }
@@ -338,9 +341,9 @@ TEXTURES = {
 
 def _texture(backgrounds, rng):
     field = np.empty((len(backgrounds), SIDE, SIDE), np.float32)
-    for kind in BACKGROUNDS:
-        rows = np.flatnonzero(np.asarray(backgrounds) == kind)
-        field[rows] = TEXTURES[kind](rng, len(rows))
+    for background in BACKGROUNDS:
+        indices = np.flatnonzero(np.asarray(backgrounds) == background)
+        field[indices] = TEXTURES[background](rng, len(indices))
     return field
 
 
@@ -354,7 +357,7 @@ def _compose(thing, ground, area):
 
 
 def _shaded(names, backgrounds, colors, pose, rng, line_width=0.6, line=0.45):
-    """Things and ground with light and texture: what a photo shows, where a painter starts."""
+    """Things on their backgrounds, with light and texture: the basis of photos and paintings."""
     n = len(names)
     tone, area, outline = trace(names, pose, line_width, rng)
     light = 0.72 + 0.5 * smooth_noise(rng, n, 3)
@@ -368,7 +371,7 @@ def _shaded(names, backgrounds, colors, pose, rng, line_width=0.6, line=0.45):
 
 
 def paint_photo(names, backgrounds, colors, pose, rng):
-    """Shaded and textured, slightly blurred, with sensor noise."""
+    """A shaded and textured image, slightly blurred, with sensor noise."""
     image = _shaded(names, backgrounds, colors, pose, rng)
     neighbours = sum(np.roll(image, shift, axis) for axis in (1, 2) for shift in (-1, 1))
     image = 0.6 * image + 0.1 * neighbours
@@ -376,20 +379,20 @@ def paint_photo(names, backgrounds, colors, pose, rng):
 
 
 def paint_art(names, backgrounds, colors, pose, rng):
-    """A tinted photo laid down in patches of one colour, as a broad brush does."""
+    """A tinted photo in patches of one colour each, like strokes of a broad brush."""
     n = len(names)
     image = _shaded(names, backgrounds, colors, pose, rng, line_width=1.1, line=0.6)
     stroke_y, stroke_x = _brush_strokes(n, rng)
     image = np.clip(1.1 * image, 0, 1)
-    number = np.arange(n)[:, None, None]
-    image = image[number, stroke_y, stroke_x]  # (N, 32, 32, 3)
-    palette = np.eye(3) + 0.15 * rng.standard_normal((n, 3, 3))  # its own mixture of the colours
+    index = np.arange(n)[:, None, None]
+    image = image[index, stroke_y, stroke_x]  # (N, 32, 32, 3)
+    palette = np.eye(3) + 0.15 * rng.standard_normal((n, 3, 3))  # each image mixes red, green, blue
     image = np.einsum("nhwc,ncd->nhwd", image, palette.astype(np.float32))
     return np.round(np.clip(image, 0, 1) * 6) / 6
 
 
 def _brush_strokes(n, rng, cells=18):
-    """For every pixel the pixel that its brush stroke starts at: rows and columns, (n, 32, 32).
+    """The pixel that gives each pixel its colour: row and column, each (n, 32, 32).
 
     It is the nearest of `cells` x `cells` jittered points.
     """
@@ -398,17 +401,17 @@ def _brush_strokes(n, rng, cells=18):
     nearest = np.full((n, SIDE, SIDE), np.inf, np.float32)
     stroke_y = np.zeros_like(nearest)
     stroke_x = np.zeros_like(nearest)
-    for dy, dx in itertools.product((-1, 0, 1), repeat=2):  # the cell of a pixel and its neighbours
+    for dy, dx in itertools.product((-1, 0, 1), repeat=2):  # a pixel's cell and its neighbours
         row = np.clip(y * cells // SIDE + dy, 0, cells - 1).astype(int)
         column = np.clip(x * cells // SIDE + dx, 0, cells - 1).astype(int)
         center_y = (row + jitter_y[:, row, column]) * SIDE / cells
         center_x = (column + jitter_x[:, row, column]) * SIDE / cells
-        distance = (center_y - y) ** 2 + 2.5 * (center_x - x) ** 2  # strokes are taller than broad
+        distance = (center_y - y) ** 2 + 2.5 * (center_x - x) ** 2  # strokes are tall
         nearer = distance < nearest
         nearest[nearer] = distance[nearer]
         stroke_y[nearer] = center_y[nearer]
         stroke_x[nearer] = center_x[nearer]
-    # 17 + jitter may round to 18, the edge of the image
+    # in the last cell 17 + jitter may round up to 18, which is outside the image
     stroke_y = np.minimum(stroke_y.astype(int), SIDE - 1)
     stroke_x = np.minimum(stroke_x.astype(int), SIDE - 1)
     return stroke_y, stroke_x
@@ -426,7 +429,7 @@ def paint_cartoon(names, backgrounds, colors, pose, rng):
 
 
 def paint_sketch(names, backgrounds, colors, pose, rng):
-    """Thin, broken, faint pencil strokes on toned, smudged paper; backgrounds are hatched."""
+    """Thin, faint, broken pencil strokes on grey, smudged paper; backgrounds are hatched."""
     n = len(names)
     tone, area, outline = trace(names, pose, 0.9, rng)
     paper = rng.uniform(0.78, 0.97, (n, 1, 1))
@@ -453,28 +456,29 @@ PAINTERS = {
 
 
 def draw(names, domain, backgrounds, colors, rng, pose=TASK_POSE):
-    """Draw an image for every entry of `names`, `backgrounds`, `colors` (keys of tables above).
+    """One image for each entry of `names`, `backgrounds` and `colors`, keys of the tables above.
 
-    Returns: (N, 3, 32, 32) uint8. The same `rng` state gives the same images.
+    Returns: (N, 3, 32, 32) uint8. The same state of `rng` gives the same images.
     """
     base = _base_colors(backgrounds, colors, rng)  # (N, 2, 3)
     images = []
-    for start in range(0, len(names), 256):  # small enough to stay in the cache
-        own = slice(start, start + 256)
-        images.append(PAINTERS[domain](names[own], backgrounds[own], base[own], pose, rng))
+    for start in range(0, len(names), 256):  # small enough for the CPU's cache
+        batch = slice(start, start + 256)
+        images.append(PAINTERS[domain](names[batch], backgrounds[batch], base[batch], pose, rng))
     pixels = np.clip(255 * np.concatenate(images), 0, 255).astype(np.uint8)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _base_colors(backgrounds, colors, rng):
-    """Varied colours of things and grounds, (N, 2, 3) in [0, 1]."""
-    pairs = [(COLORS[color], BACKGROUNDS[kind]) for color, kind in zip(colors, backgrounds)]
+    """Randomly varied colours of things and backgrounds, (N, 2, 3) in [0, 1]."""
+    pairs = [(COLORS[color], BACKGROUNDS[name]) for color, name in zip(colors, backgrounds)]
     base = np.array(pairs, np.float32) / 255
     brightness = rng.uniform(0.85, 1.12, (len(base), 2, 1))
     hue = rng.uniform(-0.05, 0.05, base.shape)
     base = np.clip(base * brightness + hue, 0, 1)
-    thing, ground = base[:, 0], base[:, 1]  # views: what follows changes `base`
-    hidden = np.linalg.norm(thing - ground, axis=1) < 0.45  # camouflage is made lighter or darker
+    thing, ground = base[:, 0], base[:, 1]  # views: assigning to them changes `base`
+    # things that can hardly be told from their background become lighter or darker
+    hidden = np.linalg.norm(thing - ground, axis=1) < 0.45
     opposite = ground[hidden].mean(1, keepdims=True) < 0.5
     thing[hidden] = 0.55 * thing[hidden] + 0.45 * opposite
     return base.astype(np.float32)
@@ -485,80 +489,13 @@ def random_colors(rng, n):
 
 
 def tiny_rng(seed, *key):
-    """A random generator of its own for every (seed, purpose), so that no two sets share images."""
+    """A separate random generator for each seed and purpose, so that no two sets share images."""
     purpose = "/".join(map(str, key))
     return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
-# ---------- The words of the tiny CLIP -----------------------------------------------------------
-OTHER_WORDS = (
-    "a",
-    "an",
-    "of",
-    "on",
-    "in",
-    "the",
-    "photo",
-    "painting",
-    "art",
-    "cartoon",
-    "sketch",
-    "drawing",
-    "picture",
-    "image",
-    "background",
-)
-WORDS = {*OFFICE_CLASSES, *WATERBIRD_CLASSES, *COLORS, *BACKGROUNDS, *OTHER_WORDS}
-TINY_VOCABULARY = tuple(sorted(WORDS))
-
-
-def words_of(text: str) -> list[str]:
-    return text.lower().replace(".", " ").replace(",", " ").split()
-
-
-def unknown_words(text: str, known) -> list[str]:
-    return [word for word in words_of(text) if word not in known]
-
-
-def refuse_unknown(text: str, known) -> None:
-    """Raises: InputError that names a word of a text which is none of those the tiny CLIP knows."""
-    for word in unknown_words(text, known):
-        raise InputError(
-            f"the tiny CLIP does not know the word {word!r} (in {text!r}); "
-            f"it knows: {', '.join(known)}"
-        )
-
-
-class WordTokenizer:
-    """One token a word, for the tiny CLIP: a text or n texts -> (n, context_length) int64.
-
-    Token 0 is padding; the end token has the highest number, where open_clip's text tower reads the
-    feature.
-    """
-
-    def __init__(self, vocabulary, context_length):
-        self.words = tuple(vocabulary)
-        self.tokens = {word: i + 1 for i, word in enumerate(vocabulary)}
-        self.end = len(vocabulary) + 1
-        self.context_length = context_length
-
-    def __call__(self, texts):
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.long)
-        for row, text in zip(tokens, texts):
-            refuse_unknown(text, self.tokens)
-            words = words_of(text)
-            if len(words) >= self.context_length:
-                most = f"the tiny CLIP reads at most {self.context_length - 1}"
-                raise InputError(f"{text!r} has {len(words)} words, {most}")
-            ids = [self.tokens[word] for word in words] + [self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
-
-
 # ---------- The tiny sets ------------------------------------------------------------------------
-# A part is (pixels (N, 3, h, w) uint8, labels (N,), groups (N,)), from a random stream of its own.
-# A domain's parts also say how their images were drawn: {attribute: (N,) numbers}.
+# A part is (pixels (N, 3, h, w) uint8, labels (N,), groups (N,)) and has its own random stream.
 
 
 def check_cue(cue):
@@ -571,39 +508,51 @@ def as_part(pixels, labels, groups):
 
 
 def draw_domain(name, classes, domain, seed, cue, sizes):
-    """A training part, where a thing stands on its class's own background with probability `cue`,
-    and a balanced part, where backgrounds are independent.
+    """One domain of a tiny benchmark: its training part, then its balanced part.
 
-    sizes: images per class in either part. Group 1 is where the background is the class's own.
-    Attributes are "background" and "color", places in `BACKGROUNDS` and `COLORS`.
+    Each class has a typical background. In the training part a thing stands on it with probability
+    `cue`, else on one of the seven others. In the balanced part backgrounds do not depend on the
+    class.
+
+    Args:
+        sizes: images per class, in the training part and in the balanced part.
+    Yields: (pixels, labels, groups, attributes), twice. Group 1 has the typical background, group 0
+    another one. Attributes are "background" and "color", (N,) indices into `BACKGROUNDS` and
+    `COLORS`.
+    Raises: InputError if `cue` is no probability.
     """
     check_cue(cue)
     kinds, color_names = list(BACKGROUNDS), list(COLORS)
-    own_kind = np.arange(len(classes)) % len(kinds)  # the background that goes with each class
     for part, size in zip(("training", "balanced"), sizes):
         rng = tiny_rng(seed, name, domain, part)
         labels = np.repeat(np.arange(len(classes)), size)
         n = len(labels)
-        own = own_kind[labels]
+        typical = labels % len(kinds)
         if part == "training":
             step = rng.integers(1, len(kinds), n)  # to one of the seven others
-            other = (own + step) % len(kinds)
-            grounds = np.where(rng.random(n) < cue, own, other)
+            other = (typical + step) % len(kinds)
+            grounds = np.where(rng.random(n) < cue, typical, other)
         else:
             grounds = np.arange(n) % len(kinds)
         names = [classes[label] for label in labels]
         backgrounds = [kinds[ground] for ground in grounds]
         colors = random_colors(rng, n)
         pixels = draw(names, domain, backgrounds, colors, rng)
-        groups = (own == grounds).astype(np.int64)
-        painted = [color_names.index(color) for color in colors]
-        attributes = {"background": torch.from_numpy(grounds), "color": torch.tensor(painted)}
+        groups = (typical == grounds).astype(np.int64)
+        color_indices = [color_names.index(color) for color in colors]
+        attributes = {"background": torch.from_numpy(grounds), "color": torch.tensor(color_indices)}
         yield *as_part(pixels, labels, groups), attributes
 
 
 def draw_waterbirds(seed, cue, sizes=(2000, 400, 800)):
-    """Land- and waterbirds (photos) on land and water: train, where the place goes with the bird
-    with probability `cue`, val and test, all four groups alike. Groups: 2 * bird + place."""
+    """Photos of land- and waterbirds on land and water, like Waterbirds (Sagawa et al., 2020).
+
+    In the training part a bird stands in its own kind of place with probability `cue`. In the
+    validation and test parts all four groups are equally large. Groups are 2 * bird + place.
+
+    Returns: {"train", "val" and "test": part}.
+    Raises: InputError if `cue` is no probability.
+    """
     check_cue(cue)
     parts = {}
     for part, size in zip(("train", "val", "test"), sizes):
@@ -613,9 +562,9 @@ def draw_waterbirds(seed, cue, sizes=(2000, 400, 800)):
         if part == "train":
             places = np.where(rng.random(size) < cue, birds, 1 - birds)
         land = rng.choice(("grass", "sand"), size)
-        kinds = np.where(places == 1, "water", land)
+        backgrounds = np.where(places == 1, "water", land)
         names = [WATERBIRD_CLASSES[bird] for bird in birds]
-        pixels = draw(names, "photo", kinds, random_colors(rng, size), rng)
+        pixels = draw(names, "photo", backgrounds, random_colors(rng, size), rng)
         parts[part] = as_part(pixels, birds, 2 * birds + places)
     return parts
 
@@ -643,12 +592,17 @@ def half_size(pixels) -> torch.Tensor:
 
 
 def draw_digits_and_vehicles(seed, sizes=(3000, 600, 1200), contrast=0.4, noise=0.22):
-    """A digit above a vehicle, 32 x 16 pixels: `sizes` images for training, validation and test.
+    """A digit above a vehicle, 32 x 16 pixels, like MNIST-CIFAR (Shah et al., 2020).
 
-    The vehicle (car 0, truck 1) is the label; see `SPURIOUS_SPLITS` for the digit (0 or 1). Groups:
-    2 * vehicle + digit. The digit is easy to see. The vehicle stands in fog and grain (contrast and
-    noise, as shares of the range of a pixel), so that it tells the class less surely than the digit
-    does in training, and leaning on the digit pays there.
+    The label is the vehicle, 0 for a car and 1 for a truck; `SPURIOUS_SPLITS` says how often the
+    digit, 0 or 1, agrees with it. Groups are 2 * vehicle + digit. The digit is easy to see. The
+    vehicle is faint and noisy, so in training the digit predicts the label more reliably than what
+    can be seen of the vehicle, and a model that relies on the digit does well there.
+
+    Args:
+        sizes: images for training, for each validation part and for each test part.
+        contrast, noise: of the vehicle; 1 is the range of a pixel.
+    Returns: {name in `SPURIOUS_SPLITS`: part}.
     """
     parts = {}
     for part, size in zip(SPURIOUS_SPLITS, (*sizes, *sizes[1:])):
@@ -658,14 +612,14 @@ def draw_digits_and_vehicles(seed, sizes=(3000, 600, 1200), contrast=0.4, noise=
         names = [f"digit {digit}" for digit in digits]
         _, _, strokes = trace(names, PRETRAINING_POSE, 4, rng)  # (N, 32, 32)
         top = half_size(strokes)[:, None].expand(-1, 3, -1, -1)  # (N, 3, 16, 16)
-        kinds = rng.choice(("sky", "snow", "sand"), size)
+        backgrounds = rng.choice(("sky", "snow", "sand"), size)
         colors = random_colors(rng, size)
         names = [VEHICLES[vehicle] for vehicle in vehicles]
-        pixels = draw(names, "photo", kinds, colors, rng, VEHICLE_POSE)
+        pixels = draw(names, "photo", backgrounds, colors, rng, VEHICLE_POSE)
         clear = half_size(pixels) / 255
         grain = rng.standard_normal((size, 1, 16, 16), dtype=np.float32)
-        fog = 0.5 + contrast * (clear - 0.5)
-        bottom = fog + noise * torch.from_numpy(grain)  # (N, 3, 16, 16)
+        faint = 0.5 + contrast * (clear - 0.5)
+        bottom = faint + noise * torch.from_numpy(grain)  # (N, 3, 16, 16)
         pixels = 255 * torch.cat([top, bottom], 2)  # (N, 3, 32, 16)
         pixels = pixels.clamp(0, 255).to(torch.uint8)
         parts[part] = as_part(pixels, vehicles, 2 * vehicles + digits)
