@@ -578,7 +578,7 @@ def compiled(module: nn.Module, wanted: bool) -> nn.Module:
 
 
 # ---------- 4. CLIP ------------------------------------------------------------------------------
-TINY_CLIP = tiny_clip.FOLDER
+TINY_CLIP = Path(__file__).resolve().parent / "assets" / "tiny_clip"  # made by support/tiny_clip.py
 
 
 @dataclass
@@ -868,10 +868,12 @@ def evaluate(classify: Callable, tests: dict, device="cpu", workers=0, batch_siz
 
 
 def main():
-    if sys.argv[1:2] == ["table"]:
-        tables.table_runs(sys.argv[2:])
-    else:
-        benchmarks.list_data_sets(sys.argv[2:])
+    """`python common.py data` and `python common.py table`."""
+    commands = {"data": benchmarks.list_data_sets, "table": tables.table_runs}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in commands:
+        raise InputError(f"python common.py {name}: give {' or '.join(commands)}")
+    commands[name](sys.argv[2:])
 
 
 if __name__ == "__main__":

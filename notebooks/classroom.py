@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Markdown, display
+from support.pictures import write_cells
 
 import common
-from support.pictures import write_cells
 
 # ---------- One look -----------------------------------------------------------------------------
 GREY, ORANGE, SKY, GREEN = "#6e6e6e", "#e69f00", "#56b4e9", "#009e73"

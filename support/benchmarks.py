@@ -14,6 +14,7 @@ import csv
 import itertools
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
@@ -464,12 +465,13 @@ def check(name: str, root: str) -> None:
 def list_data_sets(argv: list[str] | None = None) -> None:
     """`python common.py data`. Raises: InputError for an unknown or incomplete data set."""
     text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("common.py", description=DESCRIPTION, formatter_class=text)
-    parser.add_argument("what", choices=["data"])
+    parser = argparse.ArgumentParser(
+        "common.py data", description=DESCRIPTION, formatter_class=text
+    )
     parser.add_argument("--data-root", default="data", help="folder that holds their folders")
     names = f"count its images and open each of them: folder:PATH, {', '.join(READABLE)}"
     parser.add_argument("--check", nargs="+", default=[], metavar="NAME", help=names)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(sys.argv[2:] if argv is None else argv)
     for name in args.check:
         if name not in READABLE and not name.startswith("folder:"):
             choices = f"{did_you_mean(name, READABLE)} Choose from {', '.join(READABLE)}"

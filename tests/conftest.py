@@ -82,8 +82,9 @@ class Settled(Exception):
 @pytest.fixture
 def settings_of(monkeypatch):
     """The settings that a command runs with, without running it."""
-    import common
     from support.command import command_lines
+
+    import common
 
     settle = common.settle
 

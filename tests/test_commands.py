@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import call, readme_script
 from PIL import Image
+from support.command import command_lines, several, until_settled
+from support.report import Elsewhere, average_records
 
 import clipood
 import common
 import headpurify
-from support.command import command_lines, several, until_settled
-from support.report import Elsewhere, average_records
 
 
 @pytest.mark.slow

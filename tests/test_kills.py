@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from support.pictures import plot_panels
 
 import common
 from support import files, locks
-from support.pictures import plot_panels
 from support.tiny_world import draw_digits_and_vehicles
 
 SCRIPTS = {

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from conftest import call, readme_script
 from PIL import Image
+from support.quality import synthesis_quality
 
 import common
 import ldfs
 from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_loss, perturb_text
 from support import adapters, tiny_world, words
-from support.quality import synthesis_quality
 
 
 @pytest.fixture(autouse=True)
