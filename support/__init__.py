@@ -1,6 +1,7 @@
 """What is no method of the four papers: one reads the methods without opening this folder."""
 
 import difflib
+import pickle
 import re
 from pathlib import Path
 
@@ -26,10 +27,18 @@ def slug(text: str) -> str:
     return re.sub(r"(?:[^\w.-]|_)+", "_", text.lower()).strip("_")
 
 
+# what readers of tensors raise for a file that is something else
+NO_TENSORS = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError)
+
+
 def reason(error: Exception) -> str:
-    """Why something failed, in one line: the system's words where an OSError is at the bottom."""
-    cause = error
-    while not isinstance(cause, OSError) and cause.__context__:
-        cause = cause.__context__
-    text = getattr(cause, "strerror", None) or str(error).strip()
+    """Why something failed, in one line: the system's words where an OSError is at the bottom, and
+    without PyTorch's advice to load weights unsafely."""
+    if isinstance(error, NO_TENSORS) or "weights_only" in str(error):
+        return "no file of tensors alone; a pickle that could run code is not loaded"
+    if "loading state_dict" in str(error):
+        return "its weights are not those of this model"
+    while not isinstance(error, OSError) and error.__context__:
+        error = error.__context__
+    text = getattr(error, "strerror", None) or str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

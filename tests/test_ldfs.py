@@ -1,4 +1,4 @@
-"""LDFS against slow loops and closed forms; its captions, who sees which images when, its runs."""
+"""LDFS against slow loops and closed forms; who sees which images when; its runs."""
 
 import argparse
 import functools
@@ -15,12 +15,18 @@ import torch
 import torch.nn.functional as F
 from conftest import call, readme_script
 from PIL import Image
-from support.quality import synthesis_quality
 
 import common
 import ldfs
-from ldfs import Mapper, global_direction_loss, local_direction_loss, pairwise_loss, perturb_text
-from support import adapters, tiny_world, words
+from ldfs import (
+    Mapper,
+    global_direction_loss,
+    local_direction_loss,
+    pairwise_loss,
+    perturb_text,
+    synthesis_quality,
+)
+from support import tiny_world
 
 
 @pytest.fixture(autouse=True)
@@ -298,51 +304,6 @@ def test_probes_start_at_zero_shot_or_at_random():
     assert not torch.allclose(logits["probe-random"], zero_shot, atol=0.5)
 
 
-def test_adapter_is_that_of_the_paper():
-    features, labels, *_ = batch_of(12)
-    names = unit(3, 12, seed=7).float()
-    classify = classifier("adapter", names, features, labels)
-    down, up = classify.A[0].weight, classify.A[2].weight
-    adapted = ((features @ down.T).clamp(min=0) @ up.T).clamp(min=0)
-    mixed = 0.8 * features + 0.2 * adapted
-    mixed = mixed / mixed.norm(dim=1, keepdim=True)
-    assert down.shape == (3, 12)
-    assert torch.allclose(classify(features), 5 * mixed @ names.T, atol=1e-5)
-
-
-def test_tip_adapter_is_that_of_the_paper():
-    """24 keys, 8 of each class, which weigh as much as 16."""
-    features, labels, *_ = batch_of(12)
-    names = unit(3, 12, seed=7).float()
-    keys = torch.cat([features, unit(12, 12, seed=9).float()])
-    of = torch.cat([labels, labels])
-    logits = classifier("tip-adapter", names, keys, of)(features)
-    for i in (0, 5):
-        for c in range(3):
-            affinity = torch.exp(-5.5 * (1 - keys[of == c] @ features[i])).sum().item()
-            expected = 5 * float(features[i] @ names[c]) + 2 * affinity
-            assert logits[i, c].item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_tip_adapter_of_many_keys_goes_in_parts(monkeypatch):
-    """The formula over all features at once has the same logits, and the same gradient."""
-    features, labels, *_ = batch_of(12)
-    names, weights = unit(3, 12, seed=7).float(), unit(12, 3, seed=8).float()
-    model = classifier("tip-adapter", names, features, labels)
-    shapes, exp = [], torch.exp
-    monkeypatch.setattr(adapters, "MOST", 5 * 12)  # affinities: 5 features with 12 keys
-    with monkeypatch.context() as watched:
-        watched.setattr(torch, "exp", lambda x: shapes.append(tuple(x.shape)) or exp(x))
-        logits = model(features)
-        (gradient,) = torch.autograd.grad((weights * logits).sum(), model.K)
-    assert {*shapes} == {(5, 12), (2, 12)}
-    K = features.clone().requires_grad_()
-    whole = 5 * features @ names.T + exp(-5.5 * (1 - features @ K.T)) @ model.Y
-    (expected,) = torch.autograd.grad((weights * whole).sum(), K)
-    assert torch.allclose(logits, whole, atol=1e-5)
-    assert torch.allclose(gradient, expected, atol=1e-5)
-
-
 def test_what_learns_does_not_change_what_it_learns_from():
     """Tip-Adapter's keys start as the training features, and are none of them."""
     features, labels, *_ = batch_of(12)
@@ -382,7 +343,7 @@ def test_rows_take_equally_many_steps(monkeypatch):
         assert sum(sizes) == 2 * 40 * len(sets)
 
 
-# ---------- Captions -----------------------------------------------------------------------------
+# ---------- Settings, images ---------------------------------------------------------------------
 def settings(text=""):
     return ldfs.settings(text.split())
 
@@ -399,74 +360,6 @@ def tiny_set(n, domain="photo", classes=tiny_world.PACS_CLASSES, seed=1):
 
 def look(images, clip=None):
     return ldfs.encode(clip or common.load_clip(), images, 0, {})
-
-
-def nearest_word(clip, feature, pattern, words):
-    """Found one by one."""
-    scores = {word: feature @ clip.encode_text([pattern.format(word)])[0] for word in words}
-    return max(scores, key=scores.get)
-
-
-def test_retrieved_captions():
-    """They are the nearest texts, and they say what is to be seen."""
-    args, clip = settings(), common.load_clip()
-    images, colors, places = tiny_set(56)
-    own = look(images, clip)
-    said = words.subjects(args, clip, own, "a photo of a {}")
-    for i in range(0, 56, 9):
-        name = images.classes[images.labels[i]]
-        feature = own.features[i]
-        color = nearest_word(clip, feature, f"a photo of a {{}} {name}", tiny_world.COLORS)
-        place = nearest_word(clip, feature, f"a photo of a {name} on {{}}", tiny_world.BACKGROUNDS)
-        assert said[i] == f"{color} {name} on {place}"
-    for truth in (colors, places):  # of eight each
-        assert np.mean([word in text.split() for word, text in zip(truth, said)]) > 0.5
-    args.captioner = "template"
-    assert words.subjects(args, clip, own, "")[8] == "elephant"
-
-
-def test_place_is_no_part_of_a_waterbirds_caption():
-    args, clip = settings("--dataset tiny-waterbirds"), common.load_clip()
-    images, *_ = tiny_set(6, classes=tiny_world.WATERBIRD_CLASSES)
-    said = words.subjects(args, clip, look(images, clip), "a photo of a {} on grass")
-    assert all(re.fullmatch(r"\w+ (land|water)bird", text) for text in said)
-
-
-@pytest.mark.parametrize(
-    "caption, subject",
-    [
-        ("A black and white photo of a dog on a sofa.", "dog on a sofa"),
-        ("a dog running on grass .", "dog running on grass"),
-        ("There is a painting of the old house", "old house"),
-        ("two dogs in a photograph of a lake", "two dogs in a photograph of a lake"),
-        ("an elephant", "elephant"),
-        ("anchor of a ship", "anchor of a ship"),
-        ("the", "old dog"),  # says nothing: the class name
-        (" . ", "old dog"),
-    ],
-)
-def test_what_a_caption_says(caption, subject, monkeypatch):
-    images = common.ImageSet(np.array(["data/x.jpg"]), torch.tensor([0]), ("old_dog",))
-    monkeypatch.setattr(words, "read_captions", lambda *_: [caption])
-    own = ldfs.Features(images, None, images.labels)
-    assert words.subjects(argparse.Namespace(captioner="file"), None, own, "") == [subject]
-
-
-def test_different_texts_are_encoded_once():
-    asked, clip = [], common.load_clip()
-
-    def encode(texts):
-        asked.extend(texts)
-        return clip.encode_text(texts)
-
-    counting = argparse.Namespace(encode_text=encode)
-    captions = ["dog", "horse", "dog", "red dog", "horse"]
-    for _ in range(2):
-        features = ldfs.text_features(counting, "a photo of a {}", captions)
-    assert asked == ["a photo of a dog", "a photo of a horse", "a photo of a red dog"]
-    for caption, feature in zip(captions, features):
-        expected = clip.encode_text([f"a photo of a {caption}"])[0]
-        assert torch.allclose(feature, expected, atol=1e-6)
 
 
 # ---------- Who sees what ------------------------------------------------------------------------
@@ -861,11 +754,6 @@ def test_caption_file(command, pacs_tree, tmp_path, few_images):
     line = f"--dataset pacs --data-root {pacs_tree} --model tiny --workers 0 --targets sketch"
     line += f" {QUICK} --study captions --captioner file --caption-file said.json"
     assert "ldfs/captioner=template" in command(line)
-    _, _, photo, _ = common.load_domains("pacs", pacs_tree)
-    row = {"captioner": "file", "caption_file": said, "dataset": "pacs", "data_root": pacs_tree}
-    own = ldfs.Features(photo.images, None, photo.images.labels)
-    subjects = words.subjects(argparse.Namespace(**row), None, own, "")
-    assert subjects == [f"red {own.images.classes[label]} on grass" for label in own.labels]
     del captions["PACS/photo/dog/pic_000.jpg"]
     said.write_text(json.dumps(captions))
     error = command(line)
@@ -917,15 +805,3 @@ def test_real_architecture_on_a_real_layout(checkout, pacs_tree, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(records_of(checkout / "all.json")[0]["rows"]) == 15
-
-
-def test_words_have_a_place_for_the_thing_and_the_tiny_clip_knows_its_own(root):
-    words = json.loads((root / "assets" / "words.json").read_text())
-    for name, texts in words.items():
-        texts = texts.values() if name.startswith("descriptions") else sum(texts.values(), [])
-        assert all(text.count("{}") == 1 for text in texts)
-    tiny = words["phrases of the tiny CLIP"]
-    tokenizer = common.load_clip().tokenizer
-    tokenizer([phrase.format("dog") for phrase in sum(tiny.values(), [])])  # it knows every word
-    assert [text.split()[0] for text in tiny["color"]] == list(tiny_world.COLORS)
-    assert [text.split()[-1] for text in tiny["place"]] == list(tiny_world.BACKGROUNDS)
