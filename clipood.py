@@ -183,7 +183,7 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, run) -
     if start == 0:
         watch(clip, models, rows, task, run, 0)
     replica = parallel.data_parallel(model)
-    replica = common.compiled(replica, row.compile and row.loss not in PROMPTS)
+    replica = runs.compiled(replica, row.compile and row.loss not in PROMPTS)
     loader = {"stop": row.steps_per_epoch, "workers": row.workers, "device": clip.device}
     for epoch in range(start, row.epochs):
         batches = common.source_batches(task.train, row.batch_size, seed * 1000 + epoch, **loader)
@@ -200,7 +200,7 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, run) -
             for average in averages.values():
                 average.update(model)
             round_to_half(half_averages)
-        common.check_finite(loss, f"{name}, epoch {epoch + 1}", row.lr)
+        runs.check_finite(loss, f"{name}, epoch {epoch + 1}", row.lr)
         watch(clip, models, rows, task, run, epoch + 1, parallel.mean_over_ranks(loss))
         state = {key: part.state_dict() for key, part in parts.items()}
         run.save({name: {"epoch": epoch + 1, **state}})
@@ -553,13 +553,13 @@ def compare(args, all_rows: dict, clip, task: common.Task, run, seed: int) -> No
             trained = clip.class_features(first(task.train).classes, args.templates)
             models = train(clip, task, rows, trained, seed, run)
         for name, row in rows.items():
-            extra = {}
+            metrics, extra = test(clip, models[name], row, task), {}
             if row.loss in IS_CLIP:
                 extra["weights moved"] = share_moved(models[name], clip.visual)
                 if name == args.modes[-1]:
                     folder = run.folder / "model"
                     common.export_clip(clip, folder, class_features, task.classes, models[name])
-            run.add(name, test(clip, models[name], row, task), extra)
+            run.add(name, metrics, extra)
     run.record["rows"] = {name: run.rows[name] for name in all_rows}  # the table's order
     if args.figures:
         plot_averages(args, run)
@@ -574,7 +574,6 @@ def main():
     interpolation = "bilinear" if args.protocol == "official" else None
     model = args.model, args.pretrained, args.device, args.precision, interpolation
     clip = common.load_clip(*model)
-    augment = common.training_transform(clip, args.dataset)
     label = "" if args.task == "domain-shift" else args.task
     records = []
     for seed in args.seeds:
@@ -584,8 +583,7 @@ def main():
             print(f"\n{args.task} on {args.dataset}, target {target}, seed {seed}", flush=True)
             run = runs.Run(args, target, seed, label)
             if not run.finished:
-                task = make_task(args, data, target, seed)
-                task = task.transformed(augment, clip.preprocess)
+                task = make_task(args, data, target, seed).transformed(clip)
                 compare(args, rows, clip, task, run, seed)
                 run.finish()
             records.append(run.record)

@@ -222,12 +222,10 @@ def image_sets(classes, parts: dict[str, list]) -> dict[str, ImageSet]:
     """Image sets of {part: [(file, label), ...]}; items may have a group as a third."""
     sets = {}
     for part, items in parts.items():
-        columns = []  # zip(*items) would take ten times as long with 600,000 items
-        for i in range(len(items[0])):
-            columns.append([item[i] for item in items])
-        files, *numbers = columns
-        labels, *groups = map(torch.tensor, numbers)
-        sets[part] = ImageSet(np.array([*map(str, files)]), labels, tuple(classes), *groups)
+        files = np.array([str(item[0]) for item in items])
+        labels = torch.tensor([item[1] for item in items])
+        groups = torch.tensor([item[2] for item in items]) if len(items[0]) > 2 else None
+        sets[part] = ImageSet(files, labels, tuple(classes), groups)
     return sets
 
 
@@ -286,11 +284,6 @@ def image_transform(model: nn.Module, train: bool = False) -> Callable:
     return v2.Compose([*crop, *normalize])
 
 
-def training_transform(clip: Clip, dataset: str) -> Callable:
-    """CLIP's augmentation; none for tiny data, which are drawn in so many poses."""
-    return clip.preprocess if dataset.startswith("tiny-") else clip.augment
-
-
 # ---------- 2. Tasks -----------------------------------------------------------------------------
 @dataclass
 class Task:
@@ -300,12 +293,15 @@ class Task:
     train: dict[str, ImageSet]  # by source domain
     tests: dict[str, dict[str, ImageSet]]  # by test, then by domain; "hold-out" may choose a model
 
-    def transformed(self, augment: Callable, preprocess: Callable) -> Task:
-        """With one transform for training images and one for all others."""
-        train = {name: images.transformed(augment) for name, images in self.train.items()}
-        tests = {}
+    def transformed(self, clip: Clip) -> Task:
+        """With CLIP's transforms. Drawn images are not augmented: they show so many poses."""
+        train, tests = {}, {}
+        for name, images in self.train.items():
+            drawn = isinstance(images.images, torch.Tensor)
+            train[name] = images.transformed(clip.preprocess if drawn else clip.augment)
         for test, sets in self.tests.items():
-            tests[test] = {name: images.transformed(preprocess) for name, images in sets.items()}
+            sets = {name: images.transformed(clip.preprocess) for name, images in sets.items()}
+            tests[test] = sets
         return Task(self.classes, train, tests)
 
 
@@ -499,11 +495,11 @@ def endless_batches(sizes: list[int], per_domain: int, seed: int) -> Iterator[li
         yield batch
 
 
+@dataclass
 class Sources(Dataset):
     """All source domains as one set, whose items are batches; see `endless_batches`."""
 
-    def __init__(self, sets: list[ImageSet]):
-        self.sets = sets
+    sets: list[ImageSet]
 
     def __getitems__(self, batch: list[list[tuple]]) -> tuple:
         """Images (S b, 3, h, w) and labels (S b,), domain after domain."""
@@ -560,23 +556,6 @@ def source_batches(sets, per_domain, seed, start=0, stop=None, workers=0, device
         yield images, labels.to(device, non_blocking=True)
 
 
-def check_finite(loss: torch.Tensor, where: str, lr: float) -> None:
-    """Raises: InputError if a loss is not a number, as all are after the first that is not. Called
-    before an evaluation: asking a GPU for a number waits for all that it was told to do."""
-    if not loss.isfinite():
-        raise InputError(f"{where}: the loss is {loss.item()} at learning rate {lr:.3g}; lower it")
-
-
-def compiled(module: nn.Module, wanted: bool) -> nn.Module:
-    """With --compile a module that computes the same from the same weights in fewer kernels, else
-    the module itself. Only calls of the result are compiled; no hook may be set during them."""
-    if not wanted:
-        return module
-    torch.compiler.reset()  # what was compiled before counts towards a limit
-    torch._functorch.config.donated_buffer = False  # two losses: one graph, two backward passes
-    return torch.compile(module)
-
-
 # ---------- 4. CLIP ------------------------------------------------------------------------------
 TINY_CLIP = Path(__file__).resolve().parent / "assets" / "tiny_clip"  # made by support/tiny_clip.py
 
@@ -586,6 +565,7 @@ class Clip:
     """A frozen CLIP with all that belongs to it; see `load_clip`."""
 
     model: nn.Module
+    visual: nn.Module  # the model's image tower, or another one: `replace(clip, visual=...)`
     preprocess: Callable  # transform of test images
     augment: Callable  # transform of training images
     tokenizer: Callable  # texts -> (n, L) int64
@@ -594,12 +574,6 @@ class Clip:
     precision: str
     config: dict  # what `export_clip` writes down
     cache: dict = field(default_factory=dict)  # text features that were asked for before
-    tower: nn.Module | None = None  # in place of the model's own: `replace(clip, tower=...)`
-
-    @property
-    def visual(self) -> nn.Module:
-        """The image tower."""
-        return self.model.visual if self.tower is None else self.tower
 
     @torch.no_grad()
     def encode_text(self, texts: list[str], batch_size: int = 256) -> torch.Tensor:
@@ -622,13 +596,9 @@ class Clip:
         """Text features of the classes, unit-norm (C, D): each class averaged over the templates.
 
         Underscores in names become spaces. ["ensemble"] stands for open_clip's ImageNet templates.
-        Raises: InputError if a template has not exactly one `{}`.
         """
         if list(templates) == ["ensemble"]:
             templates = self.ensemble()
-        for text in templates:
-            if not runs.has_one_place(text):
-                raise InputError(f"a template needs {runs.ONE_PLACE}, got {text!r}")
         texts = []
         for name in names:
             texts += [text.format(name.replace("_", " ")) for text in templates]
@@ -689,9 +659,17 @@ def load_clip(
     words = tokenizer.words if isinstance(tokenizer, tiny_clip.WordTokenizer) else None
     config["vocabulary"] = words and list(words)
     model = model.eval().requires_grad_(False).to(device)
-    transforms = image_transform(model), image_transform(model, train=True)
-    scale = model.logit_scale.exp().item()
-    return Clip(model, *transforms, tokenizer, scale, torch.device(device), precision, config)
+    return Clip(
+        model=model,
+        visual=model.visual,
+        preprocess=image_transform(model),
+        augment=image_transform(model, train=True),
+        tokenizer=tokenizer,
+        logit_scale=model.logit_scale.exp().item(),
+        device=torch.device(device),
+        precision=precision,
+        config=config,
+    )
 
 
 HINT = (
@@ -730,13 +708,9 @@ def export_clip(clip: Clip, folder, class_features, class_names, visual=None) ->
 
     `visual` takes the place of the model's own image tower. `class_features.npy` (C, D) and
     `classes.json` lie beside the weights, so that the classifier is complete.
-    Raises: InputError, before anything is written, for numbers that are not finite.
     """
     folder = Path(folder)
     tower = (visual or clip.visual).state_dict()
-    for key, value in {"class features": class_features, **tower}.items():
-        if not value.isfinite().all():
-            raise InputError(f"not exported to {folder}: numbers of {key} are not finite")
     weights = clip.model.state_dict()
     weights |= {f"visual.{key}": value for key, value in tower.items()}
     weights = {key: value.cpu().contiguous() for key, value in weights.items()}

@@ -244,7 +244,7 @@ def train(clip, class_features, task, row, seed: int, run=None) -> tuple[nn.Modu
     learned, optimizer, schedule, scaler = parts.values()
     loader = row.batch_size, seed, state["step"], steps, row.workers, row.device
     batches = common.source_batches(task.train, *loader)
-    tower = common.compiled(visual.train(), row.compile)
+    tower = runs.compiled(visual.train(), row.compile)
     for step in tqdm(range(state["step"] + 1, steps + 1), row.name, disable=None):
         images, labels = next(batches)  # (S b, 3, h, w), (S b,)
         batch = images, labels, class_features, clip.logit_scale, domains
@@ -260,7 +260,7 @@ def train(clip, class_features, task, row, seed: int, run=None) -> tuple[nn.Modu
         scaler.update()
         schedule.step()
         if step % (row.eval_every * steps_per_epoch) == 0 or step == steps:
-            common.check_finite(loss_cls + loss_mmd, f"{row.name}, step {step}", row.lr)
+            runs.check_finite(loss_cls + loss_mmd, f"{row.name}, step {step}", row.lr)
             accuracies = validate(visual, class_features, task, row)
             remember(state, step, loss_cls, loss_mmd, accuracies, learned)
             if run:
@@ -543,7 +543,6 @@ def main():
     domains = common.load_domains(args.dataset, args.data_root, args.seeds[0], args.cue)
     targets = common.choose_targets(args.target, [domain.name for domain in domains])
     clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
-    augment = common.training_transform(clip, args.dataset)
     blocks(clip.visual)  # is this a ViT?
     if args.class_features:  # are they these classes'?
         classes = domains[0].images.classes
@@ -556,8 +555,7 @@ def main():
             print(f"\n{args.dataset}, target {target}, seed {seed}", flush=True)
             run = runs.Run(args, target, seed)
             if not run.finished:
-                task = common.leave_one_out(domains, target)
-                task = task.transformed(augment, clip.preprocess)
+                task = common.leave_one_out(domains, target).transformed(clip)
                 compare(args, rows, clip, task, run, seed)
                 run.finish()
             records.append(run.record)

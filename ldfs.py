@@ -164,7 +164,7 @@ def train_mapper(row, train, holdout, class_features, scale, seed):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        common.check_finite(loss, f"the mapper (--mapper-lr), epoch {epoch}", row.mapper_lr)
+        runs.check_finite(loss, f"the mapper (--mapper-lr), epoch {epoch}", row.mapper_lr)
         loss = holdout_loss(row, mapper, holdout, class_features, scale, weights)
         if loss < lowest:
             lowest, best = loss, copy.deepcopy(mapper.state_dict())
@@ -263,7 +263,7 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
             loss.backward()
             optimizer.step()
             schedule.step()
-    common.check_finite(loss, f"{row.finetune} (--lr), the last step", lr)
+    runs.check_finite(loss, f"{row.finetune} (--lr), the last step", lr)
     return classify
 
 

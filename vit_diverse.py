@@ -305,7 +305,7 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
     milestones = [int(part * row.epochs) or 1 for part in (0.7, 0.8)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
     scaler = torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16")
-    trunk = common.compiled(model.trunk, row.compile)  # not the last layer, differentiated twice
+    trunk = runs.compiled(model.trunk, row.compile)  # not the last layer, differentiated twice
 
     history = []
     for epoch in tqdm(range(1, row.epochs + 1), desc=f"lambda {weight:g}", disable=None):
@@ -320,7 +320,7 @@ def train(model: DiverseViT, sets: dict[str, common.ImageSet], row, seed: int) -
             scaler.scale(loss).backward()
             scaler.step(optimizer)  # optimizer.step(), which fp16 skips where a gradient overflows
             scaler.update()
-        common.check_finite(loss, f"lambda {weight:g}, epoch {epoch}", lr)
+        runs.check_finite(loss, f"lambda {weight:g}, epoch {epoch}", lr)
         schedule.step()
         model.eval()
         point = {"epoch": epoch, "loss_erm": loss_erm.item(), "loss_ig": loss_ig.item()}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from support import InputError, did_you_mean, reason, slug
 from support.parallel import init_process_group, local_rank, rank, world_size
@@ -160,8 +161,7 @@ def read_command(parser: Parser, preset: Callable, studies: dict, argv=None) -> 
         args.summary = args.summary or Path("results", name)
     if args.summary:
         check_summary(args.summary)
-    args.device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, args.device)
+    args.device, args.precision = pick_device(args.device, args.precision)
     return args
 
 
@@ -205,8 +205,8 @@ def cores() -> int:
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def pick_device(name: str) -> torch.device:
-    """Raises: InputError if there is no such device here."""
+def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
+    """--device and --precision without "auto". Raises: InputError for what is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world_size() > 1:
@@ -217,18 +217,14 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         hint = "use auto, cpu, cuda, cuda:1 or mps"
         raise InputError(f"--device {name!r} cannot be used ({reason(error)}); {hint}") from None
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    if name == "fp16" and device.type == "cpu":
+    if precision == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU: on a CPU use fp32 or bf16")
-    if name == "auto":
+    if precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        name = "bf16" if bf16 else "fp32"
-    if device.type == "cuda" and name != "fp32":
+        precision = "bf16" if bf16 else "fp32"
+    if device.type == "cuda" and precision != "fp32":
         torch.set_float32_matmul_precision("high")  # TF32 where half precision would be too coarse
-    return name
+    return device, precision
 
 
 # ---------- Files --------------------------------------------------------------------------------
@@ -352,6 +348,24 @@ class Run:
         self.record, self.state = record, state
         self.finished = file == self.result
         print(f"--resume: found {file}", flush=True)
+
+
+# ---------- Training -----------------------------------------------------------------------------
+def check_finite(loss: torch.Tensor, where: str, lr: float) -> None:
+    """Raises: InputError if a loss is not a number, as all are after the first that is not. Called
+    before an evaluation: asking a GPU for a number waits for all that it was told to do."""
+    if not loss.isfinite():
+        raise InputError(f"{where}: the loss is {loss.item()} at learning rate {lr:.3g}; lower it")
+
+
+def compiled(module: nn.Module, wanted: bool) -> nn.Module:
+    """With --compile a module that computes the same from the same weights in fewer kernels, else
+    the module itself. Only calls of the result are compiled; no hook may be set during them."""
+    if not wanted:
+        return module
+    torch.compiler.reset()  # what was compiled before counts towards a limit
+    torch._functorch.config.donated_buffer = False  # two losses: one graph, two backward passes
+    return torch.compile(module)
 
 
 # ---------- A script as a command ----------------------------------------------------------------
