@@ -425,7 +425,7 @@ ROWS = {
 }
 OURS = "ha-lora+dig"
 MODES = ["zero-shot", "lora", OURS]
-PROMPTS = ("file", "ensemble", "coop", "templates")  # a file where --class-features is given
+PROMPTS = ("promptstyler", "ensemble", "coop", "templates")  # and any other's from a file
 STUDIES = {
     "components": list(ROWS),
     "mmd-target": [
@@ -457,7 +457,7 @@ def parsers() -> tuple:
     flag("mmd-at", ("output", "layers", "heads"), "output", "what it compares (our choice)")
     flag("bandwidths", [positive], None, "of the kernel (default: a bank, our choice)")
     flag("strategy", ("joint", "alternating", "two-stage"), "joint", "of training (published)")
-    flag("prompt", (*PROMPTS, "promptstyler"), "templates", "what makes the class features")
+    flag("prompt", (*PROMPTS, "file"), "templates", "what makes the class features")
     flag("batch-size", whole, 12, "images per source in a step (published: 12)")
     flag("epochs", whole, 40, "passes over the sources (published: 40; tiny CLIP: 4)")
     flag("lr", positive, 5e-4, "of low-rank factors (our choice; tiny CLIP: 3e-3)")
@@ -481,7 +481,7 @@ def parsers() -> tuple:
 
 def preset(args) -> dict:
     """Defaults that depend on other flags."""
-    defaults = {"prompt": "file"} if args.class_features and args.study != "prompts" else {}
+    defaults = {"prompt": "file"} if args.class_features else {}
     if args.model == "tiny":
         defaults |= {"epochs": 4, "lr": 3e-3, "full_lr": 1e-3}
     return defaults
@@ -491,8 +491,6 @@ def settings(argv=None) -> tuple:
     """The command line, or argv, and {row: its settings}."""
     command, row_parser = parsers()
     args = runs.read_command(command, preset, STUDIES, argv)
-    if args.study == "prompts" and not args.class_features:
-        args.modes = [row for row in args.modes if "file" not in row]
     rows = runs.read_rows(row_parser, args, ROWS)
     for name, row in rows.items():
         if row.prompt == "file" and not args.class_features:
