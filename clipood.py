@@ -158,7 +158,7 @@ IS_CLIP = ("zero-shot", "ms", "mms")  # what is learnt is an image tower
 PROMPTS = {"coop": prompts.CoOp, "cocoop": prompts.CoCoOp}  # what is learnt is words
 
 
-def train(clip, task: common.Task, rows: dict, class_features, seed: int, run) -> dict:
+def train(clip, task: common.Task, rows: dict, class_features, seed: int, run=None) -> dict:
     """Fine-tune a copy of CLIP's image tower with the one loss of `rows`; all averages run along.
 
     The model stays in eval mode, as in the authors' code: norms with statistics keep CLIP's. Every
@@ -174,7 +174,7 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, run) -
     parts, averages = training_parts(clip, task, rows, class_features)
     model, optimizer, schedule, scaler, *_ = parts.values()
     models = {key: averages[key].model if key in averages else model for key in rows}
-    start = load_state(parts, run.state.get(name))
+    start = load_state(parts, run.state.get(name) if run else None)
     half = stored_in_half(model, row.storage)
     half_averages = []
     for average in averages.values():
@@ -202,8 +202,9 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, run) -
             round_to_half(half_averages)
         runs.check_finite(loss, f"{name}, epoch {epoch + 1}", row.lr)
         watch(clip, models, rows, task, run, epoch + 1, parallel.mean_over_ranks(loss))
-        state = {key: part.state_dict() for key, part in parts.items()}
-        run.save({name: {"epoch": epoch + 1, **state}})
+        if run:
+            state = {key: part.state_dict() for key, part in parts.items()}
+            run.save({name: {"epoch": epoch + 1, **state}})
     return models
 
 
@@ -261,7 +262,7 @@ def loss_of(row, output, labels, class_features, logit_scale) -> torch.Tensor:
 def watch(clip, models: dict, rows: dict, task, run, epoch: int, loss: float | None = None) -> None:
     """With --eval-every, a point of every trajectory."""
     for name, row in rows.items():
-        if row.eval_every and epoch % row.eval_every == 0:
+        if run and row.eval_every and epoch % row.eval_every == 0:
             point = {"step": epoch * row.steps_per_epoch, "loss": loss}
             point |= test(clip, models[name], row, task)
             run.extra.setdefault(name, {"history": []})["history"].append(point)
