@@ -187,7 +187,8 @@ def train(clip, task: common.Task, rows: dict, class_features, seed: int, run=No
     loader = {"stop": row.steps_per_epoch, "workers": row.workers, "device": clip.device}
     for epoch in range(start, row.epochs):
         batches = common.source_batches(task.train, row.batch_size, seed * 1000 + epoch, **loader)
-        for images, labels in tqdm(batches, f"{name} {epoch + 1}", leave=False, disable=None):
+        bar = {"desc": f"{name} {epoch + 1}", "total": row.steps_per_epoch, "leave": False}
+        for images, labels in tqdm(batches, **bar, disable=None):
             with common.autocast(clip.device, clip.precision):
                 output = replica(images)  # (S b, D or C)
             loss = loss_of(row, output, labels, class_features, clip.logit_scale)
@@ -444,11 +445,12 @@ def parsers() -> tuple:
     method = runs.Parser(add_help=False)
     flag = functools.partial(runs.flag, method.add_argument_group("method and training"))
     whole, number, positive = runs.at_least(1), runs.at_least(0, float), runs.positive
+    fraction = runs.at_least(0, float, 1)
     table = "(default: see above)"
     flag("margin", number, None, f"lambda of MMS, Eq. 3 {table}")
     flag("beta", positive, None, f"of BMA, Eq. 6 {table}")
-    flag("ema", runs.fraction, 0.999, "decay of EMA (our choice; tiny CLIP: 0.95)")
-    flag("wise-ft", runs.fraction, 0.5, "share of the fine-tuned weights (our choice)")
+    flag("ema", fraction, 0.999, "decay of EMA (our choice; tiny CLIP: 0.95)")
+    flag("wise-ft", fraction, 0.5, "share of the fine-tuned weights (our choice)")
     flag("batch-size", whole, None, f"images per source domain in a step {table}")
     flag("lr", positive, None, f"at the start; a cosine takes it to 0 {table}")
     flag("head-lr", positive, 1e-3, "of the linear classifier (our choice; tiny CLIP: 3e-3)")

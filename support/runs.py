@@ -56,14 +56,6 @@ def positive(text: str) -> float:
     return value
 
 
-def fraction(text: str) -> float:
-    """The type of a flag: a number between 0 and 1."""
-    value = at_least(0, float)(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return value
-
-
 ONE_PLACE = "{} once, where the name goes, and no other brace"
 
 
@@ -126,7 +118,13 @@ def command_parser(script: str, doc: str, method: Parser, datasets, rows, modes,
     compared.add_argument("--study", choices=studies, help=text)
     seed = at_least(0, most=10**9)  # random generators count on from 1000 times the seed
     data.add_argument("--seeds", "--seed", type=seed, nargs="+", default=[0], metavar="SEED")
-    flag(data, "cue", fraction, None, "tiny data: share of images on their class's own background")
+    flag(
+        data,
+        "cue",
+        at_least(0, float, 1),
+        None,
+        "tiny data: share of images on their class's own background",
+    )
     run = parser.add_argument_group("model, device, output")
     flag(run, "data-root", str, "data", "folder that holds the benchmarks' folders")
     flag(run, "model", str, None, "tiny, a name of open_clip, hf-hub:ORG/NAME or local-dir:PATH")
@@ -159,8 +157,8 @@ def read_command(parser: Parser, preset: Callable, studies: dict, argv=None) -> 
         args.modes = studies[args.study]
         name = f"{args.script}-{args.study}-{slug(dataset)}.json"
         args.summary = args.summary or Path("results", name)
-    if args.summary:
-        check_summary(args.summary)
+    if args.summary and (args.summary.is_dir() or not os.access(args.summary.parent, os.W_OK)):
+        raise InputError(f"--summary {args.summary}: give a file in a folder that can be written")
     args.device, args.precision = pick_device(args.device, args.precision)
     return args
 
@@ -184,19 +182,6 @@ def read_row(parser: Parser, args: argparse.Namespace, rows: dict, text: str):
         return parser.parse_args(tokens, argparse.Namespace(**vars(args), name=text))
     except InputError as error:
         raise InputError(f"--modes {text}: {error}") from None
-
-
-def check_summary(path: Path) -> None:
-    """Raises: InputError if no file can be written there, before hours of training."""
-    wrong = None
-    if path.is_dir():
-        wrong = "it is a folder; give a file in it"
-    elif not path.parent.is_dir():
-        wrong = f"there is no folder {path.parent}; make it first"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        wrong = "it cannot be written"
-    if wrong:
-        raise InputError(f"--summary {path}: {wrong}")
 
 
 def cores() -> int:
