@@ -456,7 +456,7 @@ def parsers() -> tuple:
     flag("head-lr", positive, 1e-3, "of the linear classifier (our choice; tiny CLIP: 3e-3)")
     flag("weight-decay", number, 0.1, "of AdamW (published)")
     flag("storage", ("float32", "float16"), "float32", "of weights between two steps")
-    flag("epochs", whole, None, table)
+    flag("epochs", whole, None, f"of --steps-per-epoch steps each {table}")
     flag("steps-per-epoch", whole, 500, "(published: 500; tiny CLIP: 20)")
     row = runs.Parser(parents=[method], add_help=False, allow_abbrev=False)
     row.add_argument("--loss", choices=(*IS_CLIP, "linear", *PROMPTS))

@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Markdown, display
-from support.pictures import write_cells
 
 import common
+from support import tables
 
 # ---------- One look -----------------------------------------------------------------------------
 GREY, ORANGE, SKY, GREEN = "#6e6e6e", "#e69f00", "#56b4e9", "#009e73"
@@ -142,7 +142,7 @@ def heat(axes, values, x_names=None, y_names=None, center=None, text=".2f") -> N
         reach = max(1e-6, np.abs(values - center).max())
         scale = {"cmap": "PuOr_r", "vmin": center - reach, "vmax": center + reach}
     image = axes.imshow(values, aspect="auto", **scale)
-    write_cells(axes, image, values, text, size=9)
+    tables.write_cells(axes, image, values, text, size=9)
     rows, columns = values.shape
     axes.set_xticks(range(columns), x_names or range(1, columns + 1))
     axes.set_yticks(range(rows), y_names or range(1, rows + 1))
@@ -152,7 +152,7 @@ def heat(axes, values, x_names=None, y_names=None, center=None, text=".2f") -> N
 def seeds(axes, records: list[dict], rows: list[str], measure: str) -> None:
     """Every seed of every row as a dot, averaged over its targets; a line joins those of a seed,
     and a bar is the mean. In %, from records as `records` reads them."""
-    values = [100 * np.array(common.seed_means(records, row, measure)) for row in rows]
+    values = [100 * np.array(tables.seed_means(records, row, measure)) for row in rows]
     axes.plot(range(len(rows)), np.array(values), color=GREY, linewidth=0.7, alpha=0.6, zorder=1)
     for place, (row, own) in enumerate(zip(rows, values)):
         axes.scatter([place] * len(own), own, s=45, zorder=2, **look(row))
@@ -183,7 +183,7 @@ def table(rows: dict[str, dict], corner: str = "") -> None:
 
 def published(script: str, *names: str) -> None:
     """The paper's own numbers of a script, %, from support/published.json: all tables or some."""
-    for entry in common.published():
+    for entry in tables.published():
         if entry["script"] != script or (names and entry["name"] not in names):
             continue
         columns = []

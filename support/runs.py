@@ -127,7 +127,8 @@ def command_parser(script: str, doc: str, method: Parser, datasets, rows, modes,
     )
     run = parser.add_argument_group("model, device, output")
     flag(run, "data-root", str, "data", "folder that holds the benchmarks' folders")
-    flag(run, "model", str, None, "tiny, a name of open_clip, hf-hub:ORG/NAME or local-dir:PATH")
+    text = "tiny (default of tiny data), a name of open_clip (default: ViT-B-16), hf-hub:ORG/NAME "
+    flag(run, "model", str, None, text + "or local-dir:PATH")
     flag(run, "pretrained", str, None, "tag or file (OpenAI's weights in a FILE: NAME-quickgelu)")
     flag(run, "device", str, "auto", "auto, cpu, cuda, cuda:1 or mps")
     flag(run, "precision", ("auto", "fp32", "bf16", "fp16"), "auto", "auto: bf16 where a GPU can")

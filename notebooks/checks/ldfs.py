@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import common
 from notebooks.classroom import Wrong, ask, exercise, expect
+from support import runs, tiny_clip
 
 
 def unit(n: int, dim: int, seed: int) -> torch.Tensor:
@@ -110,9 +111,9 @@ def own_words(with_words, clip, target):
     def check(words) -> str:
         if not isinstance(words, str):
             raise Wrong(f"A text in quotes is needed, this is {words!r}.")
-        if not common.has_one_place(words):
+        if not runs.has_one_place(words):
             raise Wrong(f"The caption needs exactly one place, `{{}}`: {words!r} has not.")
-        unknown = common.unknown_words(words.replace("{}", " "), clip.tokenizer.words)
+        unknown = tiny_clip.unknown_words(words.replace("{}", " "), clip.tokenizer.words)
         if unknown:
             raise Wrong(f"The tiny CLIP does not know: {', '.join(unknown)}. Its words are above.")
         try:
