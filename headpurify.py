@@ -118,13 +118,13 @@ class HeadPurifiedAttention(nn.Module):
 
 def blocks(visual: nn.Module):
     """The attention blocks of an open_clip ViT image tower. Raises InputError if it has none."""
-    found = getattr(getattr(visual, "transformer", None), "resblocks", [None])
-    for block in found:
+    resblocks = getattr(getattr(visual, "transformer", None), "resblocks", [None])
+    for block in resblocks:
         attention = getattr(block, "attn", None)
         if not isinstance(attention, nn.MultiheadAttention | HeadPurifiedAttention):
             what = f"not a {type(visual).__name__}; use tiny, ViT-B-32, ViT-B-16 or ViT-L-14"
             raise common.InputError(f"head purification needs a ViT of attention blocks, {what}")
-    return found
+    return resblocks
 
 
 def purify(visual, rank=2, last_rank=8, head_aware=True, gated=True, scale=1.0) -> list:
@@ -132,14 +132,14 @@ def purify(visual, rank=2, last_rank=8, head_aware=True, gated=True, scale=1.0) 
     the last two layers, `rank` in the others; 0 and 0 for gates alone. Returns: the new layers."""
     visual.requires_grad_(False)
     layers = blocks(visual)
-    for place, block in enumerate(layers, start=1):
-        r = last_rank if place > len(layers) - 2 else rank
+    for index, block in enumerate(layers):
+        r = last_rank if index >= len(layers) - 2 else rank
         block.attn = HeadPurifiedAttention(block.attn, r, head_aware, gated, scale)
     return [block.attn for block in layers]
 
 
 def merge(visual: nn.Module) -> nn.Module:
-    """Swap plain attention back, in place, with all that was learnt folded in."""
+    """Swap plain attention back, in place, with what was learnt folded into the weights."""
     for block in blocks(visual):
         block.attn = block.attn.merge()
     return visual
@@ -152,14 +152,14 @@ def recorded(visual: nn.Module, where: str):
     "heads", its gated heads side by side; "layers", what it hands on; "output" leaves it empty."""
     tokens, hooks = [], []
 
-    def keep(module, arguments, output=None):
+    def record(module, arguments, output=None):
         tokens.append(arguments[0] if output is None else output)
 
     for block in blocks(visual):
         if where == "layers":
-            hooks.append(block.register_forward_hook(keep))
+            hooks.append(block.register_forward_hook(record))
         elif where == "heads":
-            hooks.append(block.attn.mha.out_proj.register_forward_pre_hook(keep))
+            hooks.append(block.attn.mha.out_proj.register_forward_pre_hook(record))
     try:
         yield tokens
     finally:
@@ -169,8 +169,9 @@ def recorded(visual: nn.Module, where: str):
 
 def mmd_loss(features: list[torch.Tensor], sources: int, bandwidths=None) -> torch.Tensor:
     """L_MMD: MMD^2 of the domains of a batch, averaged over their pairs and over the features (S n,
-    D) in the list: n of each of S sources, domain after domain, so that no number is asked for on
-    the way. Raises: InputError if there is only one."""
+    D) in the list: n of each of S sources, domain after domain.
+
+    Raises: InputError if there is only one source."""
     if sources < 2:
         raise common.InputError("L_MMD compares domains: two are needed, or --modes lora ha-lora")
     one, other = torch.triu_indices(sources, sources, 1, device=features[0].device)  # all pairs
@@ -184,9 +185,9 @@ def mmd_loss(features: list[torch.Tensor], sources: int, bandwidths=None) -> tor
 
 
 def route_gradients(loss_cls, loss_mmd, trained: list, reached: list, alpha: float) -> None:
-    """Write .grad, the point of the paper: what is trained gets the gradient of L_cls, what L_MMD
-    reaches also alpha times its gradient. In the paper low-rank factors and gates are trained, and
-    the gates are reached."""
+    """Write .grad, the point of the paper: all that is trained receives the gradient of L_cls, and
+    what L_MMD reaches, a part of it, receives alpha times the gradient of L_MMD in addition. In the
+    paper low-rank factors and gates are trained, and L_MMD reaches the gates."""
     gradients = torch.autograd.grad(loss_cls, trained, retain_graph=bool(reached))
     for parameter, gradient in zip(trained, gradients):
         parameter.grad = gradient
@@ -200,7 +201,8 @@ def route_gradients(loss_cls, loss_mmd, trained: list, reached: list, alpha: flo
 
 
 def trained_now(strategy: str, step: int, steps: int, weights: list, gates: list) -> list:
-    """What a step (1 ... steps) trains: both; in turns; or weights first, then gates."""
+    """The parameters that step 1 ... `steps` trains: both kinds, or in turns, or first the weights
+    and then the gates."""
     if strategy == "joint" or not weights or not gates:
         return weights + gates
     weights_now = step % 2 if strategy == "alternating" else step <= steps // 2
@@ -241,7 +243,7 @@ def train(clip, class_features, task, row, seed: int, run=None) -> tuple[nn.Modu
     steps_per_epoch = max(1, sum(map(len, task.train.values())) // (row.batch_size * domains))
     steps = row.epochs * steps_per_epoch
     parts, state = resume(row, weights, gates, steps, run)
-    learned, optimizer, schedule, scaler = parts.values()
+    parameters, optimizer, schedule, scaler = parts.values()
     loader = row.batch_size, seed, state["step"], steps, row.workers, row.device
     batches = common.source_batches(task.train, *loader)
     tower = runs.compiled(visual.train(), row.compile)
@@ -262,13 +264,13 @@ def train(clip, class_features, task, row, seed: int, run=None) -> tuple[nn.Modu
         if step % (row.eval_every * steps_per_epoch) == 0 or step == steps:
             runs.check_finite(loss_cls + loss_mmd, f"{row.name}, step {step}", row.lr)
             accuracies = validate(visual, class_features, task, row)
-            remember(state, step, loss_cls, loss_mmd, accuracies, learned)
+            remember(state, step, loss_cls, loss_mmd, accuracies, parameters)
             if run:
                 checkpoint = {name: part.state_dict() for name, part in parts.items()}
                 run.save({row.name: state | checkpoint})
-    learned.load_state_dict(state["best parameters"])
-    learnt = {**describe(visual, layers, weights + gates), "history": state["history"]}
-    return (merge(visual) if layers else visual).eval(), learnt
+    parameters.load_state_dict(state["best parameters"])
+    summary = {**summarise(visual, layers, weights + gates), "history": state["history"]}
+    return (merge(visual) if layers else visual).eval(), summary
 
 
 def resume(row, weights: list, gates: list, steps: int, run=None) -> tuple[dict, dict]:
@@ -276,7 +278,7 @@ def resume(row, weights: list, gates: list, steps: int, run=None) -> tuple[dict,
     in the run's checkpoint."""
     optimizer = make_optimizer(row, weights, gates)
     parts = {
-        "learned": nn.ParameterList(weights + gates),
+        "parameters": nn.ParameterList(weights + gates),
         "optimizer": optimizer,
         "schedule": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         "scaler": torch.amp.GradScaler(row.device.type, enabled=row.precision == "fp16"),
@@ -290,7 +292,7 @@ def resume(row, weights: list, gates: list, steps: int, run=None) -> tuple[dict,
     return parts, state
 
 
-def remember(state: dict, step: int, loss_cls, loss_mmd, accuracies: dict, learned) -> None:
+def remember(state: dict, step: int, loss_cls, loss_mmd, accuracies: dict, parameters) -> None:
     """Add a point to the history; keep the parameters if the hold-out was never better."""
     numbers = map(parallel.mean_over_ranks, (loss_cls, loss_mmd))
     losses = dict(zip(("loss_cls", "loss_mmd"), numbers))
@@ -298,7 +300,7 @@ def remember(state: dict, step: int, loss_cls, loss_mmd, accuracies: dict, learn
     state["step"] = step
     if accuracies["hold-out"] > state["best accuracy"]:  # the target is never asked
         state["best accuracy"] = accuracies["hold-out"]
-        state["best parameters"] = copy.deepcopy(learned.state_dict())
+        state["best parameters"] = copy.deepcopy(parameters.state_dict())
 
 
 def make_trainable(visual, row) -> tuple[list, list, list]:
@@ -348,7 +350,7 @@ def validate(visual, class_features, task, row) -> dict[str, float]:
 
 
 # ---------- What was learnt ----------------------------------------------------------------------
-def describe(visual, layers: list, trained: list) -> dict:
+def summarise(visual, layers: list, trained: list) -> dict:
     """For the record: how many parameters, the gates (layers, heads), see also `interference`."""
     count = sum(parameter.numel() for parameter in trained)
     total = sum(parameter.numel() for parameter in visual.parameters())
@@ -378,9 +380,9 @@ def interference(layers: list) -> list[float]:
 def by_layer(record: dict) -> dict[str, dict]:
     """{row: {layer: `interference`}} of a record."""
     rows = {}
-    for row, learnt in record["extra"].items():
-        if learnt.get("interference"):
-            rows[row] = dict(enumerate(learnt["interference"], start=1))
+    for row, extra in record["extra"].items():
+        if extra.get("interference"):
+            rows[row] = dict(enumerate(extra["interference"], start=1))
     return rows
 
 
@@ -507,23 +509,23 @@ def compare(args, rows: dict, clip, task, run, seed: int) -> None:
         if name in run.rows:
             continue
         class_features = prompt_features(clip, task, row, seed)  # (C, D)
-        visual, learnt = clip.visual, {}
+        visual, summary = clip.visual, {}
         if row.adapter or row.gated:
             start = time.perf_counter()
-            visual, learnt = train(clip, class_features, task, row, seed, run)
+            visual, summary = train(clip, class_features, task, row, seed, run)
             seconds = time.perf_counter() - start
-            print(f"{name}: {learnt['parameters']:,} parameters trained in {seconds:.0f} s")
+            print(f"{name}: {summary['parameters']:,} parameters trained in {seconds:.0f} s")
         classify = common.clip_classifier(visual, class_features, row.precision)
         metrics = common.evaluate(classify, task.tests, row.device, row.workers)
-        if learnt and row.model == "tiny":
+        if summary and row.model == "tiny":
             # of other checkpoints; the oracle bounds what choosing one can gain
-            targets = [point["target"] for point in learnt["history"]]
+            targets = [point["target"] for point in summary["history"]]
             metrics |= {"target, last": targets[-1], "target, oracle": max(targets)}
         if name == args.modes[-1]:
             common.export_clip(clip, run.folder / "model", class_features, task.classes, visual)
             if row.gated:
-                show_gates(name, torch.tensor(learnt["gates"]), run.folder)
-        run.add(name, metrics, learnt)
+                show_gates(name, torch.tensor(summary["gates"]), run.folder)
+        run.add(name, metrics, summary)
     if args.figures:
         plot_interference([run.record], run.folder / "interference.png")
 
