@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from support import ASSETS, InputError, parallel, slug
+from support import InputError, parallel
 from support.runs import write_file, write_json
 
 
@@ -26,15 +26,43 @@ def targets_of(records: list[dict]) -> list[str]:
     return list(dict.fromkeys(targets))
 
 
+def rows_of(records: list[dict]) -> list[str]:
+    names = {}
+    for record in records:
+        names |= record["rows"]
+    return list(names)
+
+
+def measures_of(records: list[dict]) -> list[str]:
+    """The columns of a table: measures of the longest row, without parts such as `target/photo`."""
+    rows = []
+    for record in records:
+        rows += record["rows"].values()
+    return [name for name in max(rows, key=len) if "/" not in name]
+
+
+# the first of these that a record has is what its comparison is about
+MAIN_MEASURES = ("target", "total", "H", "average OOD", "base", "ood")
+
+
+def main_measure(records: list[dict]) -> str:
+    measures = measures_of(records)
+    return next(name for name in MAIN_MEASURES if name in measures)
+
+
 def means_by_seed(records: list[dict], row: str, measure: str) -> dict[int, float]:
     """{seed: mean of a row's measure over all targets}, of seeds that have all targets."""
-    by_seed = {}
+    targets = targets_of(records)
+    by_seed = {}  # {seed: {target: number}}
     for record in records:
-        measures = record["rows"][row]
+        measures = record["rows"].get(row, {})
         if measure in measures:
-            by_seed.setdefault(record["seed"], []).append(measures[measure])
-    targets = len(targets_of(records))
-    return {seed: float(np.mean(x)) for seed, x in by_seed.items() if len(x) == targets}
+            by_seed.setdefault(record["seed"], {})[record["target"]] = measures[measure]
+    means = {}
+    for seed, by_target in by_seed.items():
+        if len(by_target) == len(targets):
+            means[seed] = float(np.mean([*by_target.values()]))
+    return means
 
 
 def seed_means(records: list[dict], row: str, measure: str) -> list[float]:
@@ -51,29 +79,10 @@ def paired(records: list[dict], row: str, other: str, measure: str) -> tuple[flo
     Returns: (mean difference, its standard error over seeds, number of seeds). The standard error
         of a single seed is nan.
     """
-    ours = seed_means(records, row, measure)
-    theirs = seed_means(records, other, measure)
-    gains = np.subtract(ours, theirs)  # (seeds,)
+    gains = np.subtract(seed_means(records, row, measure), seed_means(records, other, measure))
     seeds = len(gains)
-    if seeds == 1:
-        return float(gains[0]), math.nan, 1
-    error = gains.std(ddof=1) / seeds**0.5
+    error = gains.std(ddof=1) / seeds**0.5 if seeds > 1 else math.nan
     return float(gains.mean()), float(error), seeds
-
-
-def measures_of(records: list[dict]) -> list[str]:
-    """The columns of a table: measures of the longest row, without parts such as `target/photo`."""
-    longest = max(records[0]["rows"].values(), key=len)
-    return [name for name in longest if "/" not in name]
-
-
-# the first of these that a record has is what its comparison is about
-MAIN_MEASURES = ("target", "total", "H", "average OOD", "base", "ood")
-
-
-def main_measure(records: list[dict]) -> str:
-    measures = measures_of(records)
-    return next(name for name in MAIN_MEASURES if name in measures)
 
 
 def average_records(by_dataset: dict[str, list[dict]]) -> list[dict]:
@@ -82,28 +91,21 @@ def average_records(by_dataset: dict[str, list[dict]]) -> list[dict]:
     It has the rows, measures and seeds that all data sets have. H is the harmonic mean of the
     averaged accuracies on base and new classes, as in the papers' tables.
     """
-    first = next(iter(by_dataset.values()))
-    averaged = {}  # {seed: record}
-    for record in first:
-        seed = record["seed"]
-        averaged[seed] = {"target": "average", "seed": seed, "rows": {}}
-    for row in first[0]["rows"]:
-        if not all(row in records[0]["rows"] for records in by_dataset.values()):
-            continue
+    averaged = {}  # {seed: {row: {measure: mean over data sets}}}
+    first, *_ = by_dataset.values()
+    for row in rows_of(first):
         for measure in measures_of(first):
             means = [means_by_seed(records, row, measure) for records in by_dataset.values()]
-            if not all(means):
-                continue
-            for seed, record in averaged.items():
-                measures = record["rows"].setdefault(row, {})
-                if all(seed in mean for mean in means):
-                    measures[measure] = float(np.mean([mean[seed] for mean in means]))
-    for record in averaged.values():
-        for measures in record["rows"].values():
+            for seed in set.intersection(*map(set, means)):
+                measures = averaged.setdefault(seed, {}).setdefault(row, {})
+                measures[measure] = float(np.mean([mean[seed] for mean in means]))
+    for rows in averaged.values():
+        for measures in rows.values():
             if "H" in measures:
                 base, new = measures["base"], measures["new"]
                 measures["H"] = 2 * base * new / (base + new) if base + new else 0.0
-    return [record for record in averaged.values() if any(record["rows"].values())]
+    seeds = sorted(averaged)
+    return [{"target": "average", "seed": seed, "rows": averaged[seed]} for seed in seeds]
 
 
 # ---------- Text tables --------------------------------------------------------------------------
@@ -164,9 +166,16 @@ def target_columns(records: list[dict], measure: str) -> dict[str, tuple]:
 def cells_of(records: list[dict], columns: dict[str, tuple]) -> dict[str, list[str]]:
     """{row: its cells}: mean over the targets of a seed, ± deviation over seeds."""
     rows = {}
-    for row in records[0]["rows"]:
+    for row in rows_of(records):
         rows[row] = [percent(seed_means(runs, row, measure)) for runs, measure in columns.values()]
     return rows
+
+
+def difference(records: list[dict], row: str, other: str, measure: str) -> str:
+    """The gain of a row over another; `-` where one of them lacks the measure."""
+    if not seed_means(records, row, measure) or not seed_means(records, other, measure):
+        return "-"
+    return gain(*paired(records, row, other, measure))
 
 
 def table(title: str, records: list[dict], versus: str | None = None) -> str:
@@ -174,14 +183,14 @@ def table(title: str, records: list[dict], versus: str | None = None) -> str:
     the gain of the last row over each of the others."""
     columns = measure_columns(records)
     rows = cells_of(records, columns)
-    if not versus:
-        return format_table(title, [*columns], rows)
-    *_, last = rows
-    for row, cells in rows.items():
-        both = seed_means(records, last, versus) and seed_means(records, row, versus)
-        compared = both and row != last
-        cells.append(gain(*paired(records, last, row, versus)) if compared else "-")
-    return format_table(title, [*columns, "last minus this"], rows)
+    titles = [*columns]
+    if versus:
+        titles.append("last minus this")
+        *others, last = rows
+        for row in others:
+            rows[row].append(difference(records, last, row, versus))
+        rows[last].append("-")
+    return format_table(title, titles, rows)
 
 
 def target_table(title: str, records: list[dict], measure: str = "target") -> str:
@@ -191,8 +200,8 @@ def target_table(title: str, records: list[dict], measure: str = "target") -> st
 
 
 def closing_line(records: list[dict], measure: str = "target") -> str:
-    """What the table shows: the best row, how far it is above the last row (or, if it is the last,
-    above the second best), and whether that is more than two standard errors."""
+    """One sentence about a table: the best row, how far it is above the last row (or, if it is the
+    last, above the second best), and whether that is more than two standard errors."""
     means = {}
     for row in records[0]["rows"]:
         values = seed_means(records, row, measure)
@@ -224,17 +233,11 @@ def save_figure(figure, path: Path) -> None:
     write_file(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
-def add_legend(figure, axes, panels: int) -> None:
-    """A legend below the panels, in as many columns as fit."""
+def add_legend(figure, axes) -> None:
+    """A legend at the right of all panels."""
     handles, labels = axes.get_legend_handles_labels()
-    if not any(labels):
-        return
-    longest = max(map(len, labels))
-    columns = max(1, 45 * panels // (6 + longest))
-    extra_lines = (len(labels) - 1) // columns
-    figure.set_figheight(figure.get_figheight() + 0.2 * extra_lines)
-    columns = min(len(labels), columns)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
+    if labels:
+        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
 
 
 def mean_and_deviation(values) -> tuple:
@@ -250,7 +253,7 @@ def plot_panels(panels: dict, x_label: str, y_label: str, path: Path, **axes) ->
     y is (n,) or, for mean and deviation, (n, seeds). With x None it is a level at the mean of y.
     `axes` are passed on to matplotlib's `Axes.set`.
     """
-    figure, grid = make_panels(1, len(panels), 4.2 * len(panels), 3.6)
+    figure, grid = make_panels(1, len(panels), 4.2 * len(panels) + 2, 3.6)
     for panel, (title, curves) in zip(grid[0], panels.items()):
         for index, (label, (x, y)) in enumerate(curves.items()):
             look = {"label": label, "color": f"C{index}"}
@@ -261,76 +264,60 @@ def plot_panels(panels: dict, x_label: str, y_label: str, path: Path, **axes) ->
                 marker = "." if len(x) < 50 else ""
                 panel.errorbar(x, mean, deviation, marker=marker, capsize=3, **look)
         panel.set(title=title, xlabel=x_label, ylabel=y_label, **axes)
-    add_legend(figure, grid[0, -1], len(panels))
+    add_legend(figure, grid[0, -1])
     save_figure(figure, path)
 
 
 def plot_points(panels: dict, x_label: str, y_label: str, path: Path) -> None:
     """A panel for each title of {title: {label: (x, y)}}, with a colour for each label's points."""
-    figure, grid = make_panels(1, len(panels), 4.2 * len(panels), 3.6)
+    figure, grid = make_panels(1, len(panels), 4.2 * len(panels) + 2, 3.6)
     for panel, (title, groups) in zip(grid[0], panels.items()):
         for label, (x, y) in groups.items():
             panel.scatter(x, y, s=30, alpha=0.7, label=label)
         panel.set(title=title, xlabel=x_label, ylabel=y_label)
-    add_legend(figure, grid[0, -1], len(panels))
+    add_legend(figure, grid[0, -1])
     save_figure(figure, path)
 
 
 def plot_heat(
     values, title: str, x_label: str, y_label: str, path, center=None, names=None
 ) -> None:
-    """A table (rows, columns) of numbers as colours, with the numbers in the cells where they fit.
+    """One heat map, see `plot_heats`."""
+    plot_heats({title: values}, x_label, y_label, path, {title: center}, names)
+
+
+def plot_heats(tables: dict, x_label: str, y_label: str, path, centers: dict, names=None) -> None:
+    """A heat map for each title of {title: (rows, columns)}, at most four side by side, with the
+    numbers in the cells where they fit.
 
     Args:
-        center: the value shown in white; values above it are red, values below it blue.
+        centers: {title: the value shown in white}, for the titles that have one; values above it
+            are red, values below it blue.
         names: (names of columns, names of rows) in place of numbers from 1.
     """
-    rows, columns = np.shape(values)
-    figure, grid = make_panels(1, 1, 2.2 + 0.5 * columns, 1.6 + 0.42 * rows)
-    axes = grid[0, 0]
-    draw_heat(figure, axes, np.asarray(values), center, names)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    save_figure(figure, path)
-
-
-def plot_heats(tables: dict, x_label: str, y_label: str, path, centers: dict) -> None:
-    """A heat map for each title of {title: (rows, columns)}, four of them side by side.
-
-    Args:
-        centers: {title: the value shown in white}, for the titles that have one.
-    """
     rows, columns = np.shape(next(iter(tables.values())))
-    across, down = 4, -(-len(tables) // 4)
-    width, height = 1.5 + 0.4 * min(columns, 16), 1.2 + 0.28 * rows
+    column_names, row_names = names or (range(1, columns + 1), range(1, rows + 1))
+    across = min(4, len(tables))
+    down = math.ceil(len(tables) / across)
+    width, height = 1.8 + 0.45 * min(columns, 16), 1.4 + 0.35 * rows
     figure, grid = make_panels(down, across, width * across, height * down)
     for axes in grid.flat[len(tables) :]:
         axes.remove()
     for axes, (title, values) in zip(grid.flat, tables.items()):
-        draw_heat(figure, axes, np.asarray(values), centers.get(title))
-        axes.set_title(title)
-    for axes in grid[-1]:
-        axes.set_xlabel(x_label)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(y_label)
+        values = np.asarray(values)
+        center = centers.get(title)
+        scale = {}
+        if center is not None:
+            reach = max(0.05, np.abs(values - center).max())
+            scale = {"cmap": "RdBu_r", "vmin": center - reach, "vmax": center + reach}
+        image = axes.imshow(values, aspect="auto", **scale)
+        if columns <= 20:
+            write_cells(axes, image, values)
+        axes.set_xticks(range(columns), column_names, rotation=90 if names else 0)
+        axes.set_yticks(range(rows), row_names)
+        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        figure.colorbar(image)
     save_figure(figure, path)
-
-
-def draw_heat(figure, axes, values, center=None, names=None) -> None:
-    """One heat map with its colour bar; see `plot_heat`."""
-    rows, columns = values.shape
-    scale = {}
-    if center is not None:
-        reach = max(0.05, np.abs(values - center).max())
-        scale = {"cmap": "RdBu_r", "vmin": center - reach, "vmax": center + reach}
-    image = axes.imshow(values, aspect="auto", **scale)
-    if columns <= 20:
-        write_cells(axes, image, values)
-    column_names, row_names = names or (range(1, columns + 1), range(1, rows + 1))
-    longest = max(len(str(name)) for name in column_names)
-    rotation = 90 if longest > 3 else 0
-    axes.set_xticks(range(columns), column_names, rotation=rotation)
-    axes.set_yticks(range(rows), row_names)
-    figure.colorbar(image)
 
 
 def write_cells(axes, image, values, text=".2f", size=8) -> None:
@@ -344,11 +331,12 @@ def write_cells(axes, image, values, text=".2f", size=8) -> None:
         axes.text(column, row, format(number, text), **look)
 
 
-def plot_images(rows: dict[str, list], path: Path, frames=None) -> None:
+def plot_images(rows: dict[str, list], path: Path, frames=None, titles=()) -> None:
     """A line of images, (h, w, 3) or (h, w), for each label of {label: images}.
 
     Args:
         frames: {label: a colour or None for each of its images}.
+        titles: of the columns.
     """
     frames = frames or {}
     columns = max(map(len, rows.values()))
@@ -360,6 +348,8 @@ def plot_images(rows: dict[str, list], path: Path, frames=None) -> None:
             cell.imshow(np.asarray(image))
             cell.set(xticks=[], yticks=[])
             cell.spines[:].set(color=color or "none", linewidth=4)
+    for cell, title in zip(grid[0], titles):
+        cell.set_title(title, fontsize=9)
     save_figure(figure, path)
 
 
@@ -387,7 +377,7 @@ def plot_curves(
     panels: dict[str, list[dict]], x_label: str, y_label: str, path: Path, **axes
 ) -> None:
     """A panel for each title of {title: records}, a line for each row over its measures, whose
-    names are numbers ("8", "16", ...): mean over targets, deviation over seeds."""
+    names are numbers (8, 16, ...): mean over targets, deviation over seeds."""
     lines = {}
     for title, records in panels.items():
         lines[title] = {}
@@ -420,20 +410,20 @@ def plot_sweep(records: list[dict], setting: str, default: float, path: Path) ->
     Args:
         default: the setting's value in rows that do not set it.
     """
-    rows_of = {}  # {name: {value: row}}
+    rows_by_name = {}  # {name: {value: row}}
     for row in records[0]["rows"]:
         name, _, assignment = row.partition("/")
         value = float(assignment.partition("=")[2] or default)
-        rows_of.setdefault(name, {})[value] = row
+        rows_by_name.setdefault(name, {})[value] = row
     panels = {}
     for measure in measures_of(records):
         panels[measure] = {}
-        for name, rows in rows_of.items():
+        for name, rows in rows_by_name.items():
             x = sorted(rows)
             y = [100 * np.array(seed_means(records, rows[value], measure)) for value in x]
             if len(y[0]):
                 panels[measure][name] = (x if len(x) > 1 else None), y
-    values = max(rows_of.values(), key=len)
+    values = max(rows_by_name.values(), key=len)
     plot_panels(panels, setting, "accuracy, %", path, xscale=scale_of(values))
 
 
@@ -447,12 +437,10 @@ def scale_of(values) -> str:
 
 # ---------- The end of a command -----------------------------------------------------------------
 def report(args, records: list[dict]) -> None:
-    """Print the tables of all runs of a command and what they show; write the records (--summary)
-    and the picture of a study. Only rank 0 does.
+    """Print the tables of a command's runs and the closing line; write the records (--summary) and
+    the picture of a study. Only rank 0 does.
 
-    Args:
-        args: has `dataset`, `script` (the script's name), `output`, `study`, `summary`, and all
-            settings of the rows.
+    args: the command's settings, see `runs.command_parser`.
     """
     if parallel.rank():
         return
@@ -478,58 +466,29 @@ def report(args, records: list[dict]) -> None:
 
 
 # ---------- All finished runs: `python common.py table` ------------------------------------------
-HELP = """All finished runs of all methods, beside the numbers that their papers published.
+HELP = """All finished runs of all methods: a table for each data set, then the average of these.
 
-python common.py table                         # all runs in runs/
-python common.py table runs/clipood elsewhere  # all runs in these folders
+python common.py table                                        # all runs in runs/
+python common.py table runs/clipood/pacs* runs/clipood/vlcs*  # only the runs in these folders
 
-There is one table for each data set. Numbers are means ± deviations over seeds; an average over
-targets is over the seeds that have all of them. Runs are put together only if all their settings
-are the same; where settings differ, the name of the row says how. Below these tables are averages
-over data sets, of the rows that ran on several data sets with the same settings.
+Numbers are means ± deviations over seeds; an average over targets is over the seeds that have all
+of them. Only runs with the same settings share a row; where settings differ, its name says how.
+The average over data sets has the rows that all of them have with the same settings.
 """
-SCRIPTS = [path.stem for path in ASSETS.parent.glob("*.py")]
 NOT_COMPARED = ("dataset", "target", "seed", "modes")  # settings in which runs of a row may differ
 
 
-def published() -> list[dict]:
-    """The papers' tables as they print them, each with the command of ours that reproduces it.
-
-    Returns: [{"script", "paper", "table", "command", "sets", "columns": [[data set, measure,
-        target if one is meant]], "rows": {name: {"ours": row, "accuracy": [%]}}, "deviations"}].
-    """
-    return json.loads((ASSETS / "published.json").read_text())
-
-
-def read_runs(folders: list[Path]) -> tuple[list[dict], list[Path]]:
-    """All finished runs, see `read_run`, and the folders of unfinished runs, which have a
-    checkpoint and no result. Raises: InputError if there are none, or if a result is damaged."""
-    finished, started = set(), set()
-    for folder in folders:
-        finished.update(path.parent for path in folder.resolve().rglob("result.json"))
-        started.update(path.parent for path in folder.resolve().rglob("checkpoint.pt"))
-    if not finished | started:
-        names = ", ".join(map(str, folders))
-        raise InputError(f"there are no runs in {names}: give the folder of a command's --output")
-    runs = [read_run(folder / "result.json") for folder in sorted(finished)]
-    return runs, sorted(started - finished)
-
-
 def read_run(path: Path) -> dict:
-    """A record with its settings, and what runs are sorted by: script (the name of a folder above
-    it), data set, source (of ldfs, whose targets are all in one run) and main measure."""
+    """A finished run: its record, its settings, and the keys by which `table_runs` groups it."""
     try:
         run = json.loads(path.read_text())
-        run["script"] = [part for part in path.parts if part in SCRIPTS][-1]
-        run["dataset"] = run["settings"]["dataset"]
-        run["source"] = run["target"] if run["target"].startswith("from ") else ""
-        run["measure"] = main_measure([run])
-        if run["target"] == run["dataset"]:  # it has no domains
-            run["target"] = ""
-        return run
+        settings, target = run["settings"], run["target"]
+        source = target if target.startswith("from ") else ""  # of ldfs: one run has all targets
+        keys = {"script": settings["script"], "dataset": settings["dataset"], "source": source}
+        return {**run, **keys, "measure": main_measure([run])}
     except (ValueError, LookupError, TypeError):
-        what = "is not the result of a run in the folder of its script"
-        raise InputError(f"{path} {what}: move it away, or give other folders") from None
+        advice = "move it away, or give other folders"
+        raise InputError(f"{path} is not the result of a run: {advice}") from None
 
 
 def grouped(runs: list[dict], *keys: str) -> dict:
@@ -541,113 +500,68 @@ def grouped(runs: list[dict], *keys: str) -> dict:
 
 
 def differing_settings(runs: list[dict]) -> list[str]:
-    names = {}
+    """The names of the settings in which runs differ, apart from NOT_COMPARED."""
+    first, names = runs[0]["settings"], {}
     for run in runs:
-        names |= run["settings"]
-    differing = []
-    for name in names:
-        values = {str(run["settings"].get(name)) for run in runs}
-        if len(values) > 1 and name not in NOT_COMPARED:
-            differing.append(name)
-    return differing
+        settings = run["settings"]
+        for name in {**first, **settings}:
+            if settings.get(name) != first.get(name) and name not in NOT_COMPARED:
+                names[name] = None
+    return list(names)
 
 
-def side_by_side(runs: list[dict]) -> list[dict]:
-    """A record for each data set, target and seed, with the rows of all of its runs.
-
-    A row is called by its script, its name and the settings in which runs of this script differ:
-    `clipood mms (lr 0.1)`. All records have all rows; a row that was not run has no measures.
-    """
-    records, names = {}, {}
+def named_by_settings(runs: list[dict]) -> list[dict]:
+    """The runs, with new names for their rows: the script, the row, and the settings in which the
+    runs of this script differ, `clipood mms (lr 0.1)`."""
+    named = []
     for script, runs_of_script in grouped(runs, "script").items():
         differing = differing_settings(runs_of_script)
         for run in runs_of_script:
-            test = {key: run[key] for key in ("dataset", "target", "seed")}
-            record = records.setdefault(tuple(test.values()), {**test, "rows": {}})
-            settings = [f"{key} {run['settings'].get(key)}" for key in differing]
-            suffix = f" ({', '.join(settings)})" if settings else ""
-            for row, measures in run["rows"].items():
-                name = f"{script} {row}{suffix}"
-                record["rows"][name] = measures
-                names[name] = {}
-    for record in records.values():
-        record["rows"] = {**names, **record["rows"]}
-    return [record for _, record in sorted(records.items())]
+            settings = ", ".join(f"{name} {run['settings'].get(name)}" for name in differing)
+            suffix = f" ({settings})" if settings else ""
+            rows = {f"{script} {row}{suffix}": numbers for row, numbers in run["rows"].items()}
+            named.append({**run, "rows": rows})
+    return named
 
 
-def published_cells(paper: dict, row: str, dataset: str, columns: dict[str, tuple]) -> list[str]:
-    """A paper's row in our columns; `-` where it has no number for this data set."""
-    accuracies = {}  # {(measure, target or ""): %}
-    for column, accuracy in zip(paper["columns"], paper["rows"][row]["accuracy"]):
-        name, measure, *target = column
-        if name == dataset and accuracy is not None:
-            accuracies[measure, slug("".join(target))] = str(accuracy)
-    cells = []
-    for runs, measure in columns.values():
-        targets = targets_of(runs)
-        target = slug(targets[0]) if len(targets) == 1 else ""
-        cells.append(accuracies.get((measure, target), "-"))
-    return cells
-
-
-def run_table(dataset: str, records: list[dict], papers: list[dict]) -> str:
-    """Our rows with their number of seeds, then the papers' rows: a column for each target, or for
-    each measure if there is only one target."""
-    targets = targets_of(records)
+def run_table(title: str, records: list[dict]) -> str:
+    """A column for each target, or for each measure if there is one target; the number of seeds."""
+    targets, measure = targets_of(records), main_measure(records)
     if len(targets) > 1:
-        measure = main_measure(records)
-        title = f"{dataset}, {measure} accuracy, %"
+        title += f", {measure} accuracy, %"
         columns = target_columns(records, measure)
     else:
-        title = f"{dataset} {targets[0]}".strip() + ", %"
+        title = f"{title} {targets[0]}".strip() + ", %"
         columns = measure_columns(records)
     rows = cells_of(records, columns)
     for row, cells in rows.items():
         seeds = [len(seed_means(records, row, name)) for name in measures_of(records)]
         cells.append(str(max(seeds)))
-    for paper in papers:
-        name = paper["paper"].split(" (")[0]
-        for row in paper["rows"]:
-            cells = published_cells(paper, row, dataset, columns)
-            if {*cells} != {"-"}:
-                rows[f"{name}, published: {row}"] = [*cells, "-"]
     return format_table(title, [*columns, "seeds"], rows)
-
-
-def average_tables(runs: list[dict]) -> list[str]:
-    """For runs with the same main measure: a table for each combination of data sets on which some
-    row ran with the same settings."""
-    datasets_of = {}  # {row: its data sets}
-    for record in side_by_side(runs):
-        for row, measures in record["rows"].items():
-            datasets = datasets_of.setdefault(row, [])
-            if measures and record["dataset"] not in datasets:
-                datasets.append(record["dataset"])
-    tables = []
-    for datasets in dict.fromkeys(map(tuple, datasets_of.values())):
-        of_datasets = [run for run in runs if run["dataset"] in datasets]
-        averaged = average_records(grouped(side_by_side(of_datasets), "dataset"))
-        if len(datasets) > 1 and averaged:
-            tables.append(run_table(" + ".join(datasets), averaged, papers=[]))
-    return tables
 
 
 def table_runs(argv: list[str] | None = None) -> None:
     """`python common.py table [FOLDER ...]`; argv: folders in place of the command line's."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("common.py table", description=HELP, formatter_class=text)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("common.py table", description=HELP, formatter_class=form)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")])
-    args = parser.parse_args(sys.argv[2:] if argv is None else argv)
-    runs, unfinished = read_runs(args.folders)
-    tables = []
-    for (dataset, *_), of_dataset in grouped(runs, "dataset", "source", "measure").items():
-        scripts = grouped(of_dataset, "script")
-        papers = [paper for paper in published() if paper["script"] in scripts]
-        tables.append(run_table(dataset, side_by_side(of_dataset), papers))
-    for of_measure in grouped(runs, "measure").values():
-        tables += average_tables(of_measure)
-    for text in tables:
-        print(text + "\n")
+    folders = parser.parse_args(sys.argv[2:] if argv is None else argv).folders
+    finished, started = set(), set()
+    for folder in folders:
+        finished |= {path.parent for path in folder.rglob("result.json")}
+        started |= {path.parent for path in folder.rglob("checkpoint.pt")}
+    if not finished | started:
+        names = ", ".join(map(str, folders))
+        raise InputError(f"there are no runs in {names}: give the folder of a command's --output")
+    runs = [read_run(folder / "result.json") for folder in sorted(finished)]
+    for runs_of_kind in grouped(runs, "measure", "source").values():
+        datasets = grouped(runs_of_kind, "dataset")
+        for dataset, runs_of_dataset in datasets.items():
+            print(run_table(dataset, named_by_settings(runs_of_dataset)) + "\n")
+        averaged = average_records(grouped(named_by_settings(runs_of_kind), "dataset"))
+        if len(datasets) > 1 and averaged:
+            print(run_table(" + ".join(datasets), averaged) + "\n")
+    unfinished = sorted(started - finished)
     print(f"Finished runs: {len(runs)}. Not finished: {len(unfinished)}.")
     for folder in unfinished:
         print(f"  {folder}")
