@@ -15,12 +15,11 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support import ASSETS, slug, tables, tiny_world
-from support.head_study import correlations
+from notebooks.head_study import correlations
+from support import ASSETS, tables, tiny_world
 
 RESULTS = Path(__file__).resolve().parent
 NOT_RUN = "not run yet"
@@ -59,7 +58,7 @@ def places(record: dict) -> dict:
 
 
 def synthesised(record: dict) -> dict:
-    """ldfs: what the features that each row was trained on are like."""
+    """ldfs: measures of the features that each row was trained on."""
     return record["extra"]["synthesised"]
 
 
@@ -79,11 +78,6 @@ def drop(record: dict) -> dict:
         counts = map(str, curve["dropped"])
         rows[order] = dict(zip(counts, curve["target"]))
     return rows
-
-
-def carry(record: dict) -> dict:
-    """headpurify: rank correlation over heads between what they carry, in hundredths."""
-    return correlations(record)
 
 
 def heads(record: dict) -> dict:
@@ -198,20 +192,20 @@ RECORDS = {  # {record: differences that a text mentions, "row - other"}
         "purified+ldfs - purified",
     ],
 }
-CARRY = "rank correlation, in hundredths"
+CORRELATION = "rank correlation, in hundredths"
 DROP = "target, %, heads dropped:"
 VIEWS = [  # record, title, numbers, differences
     ("headpurify-tiny-pacs", "tiny-pacs, 1 run, %", first_run, ["lora - ha-lora+dig"]),
     ("headpurify-components-tiny-pacs", "mean |cosine|, %", interference, []),
     ("headpurify-drop-heads-tiny-pacs", DROP, drop, ["greedy on sources - random"]),
-    ("headpurify-heads-tiny-pacs", CARRY, carry, []),
+    ("headpurify-heads-tiny-pacs", CORRELATION, correlations, []),
     (
         "headpurify-drop-heads-tiny-pacs-16-heads",
         DROP,
         drop,
         ["greedy on sources - random", "gates on frozen CLIP - random"],
     ),
-    ("headpurify-heads-tiny-pacs-16-heads", CARRY, carry, []),
+    ("headpurify-heads-tiny-pacs-16-heads", CORRELATION, correlations, []),
     ("ldfs-tiny-waterbirds", "target, %", places, []),
     ("ldfs-tiny-pacs", "synthesised, %", synthesised, []),
     ("ldfs-losses-tiny-pacs", "synthesised, %", synthesised, []),
@@ -231,27 +225,14 @@ def read_records(name: str) -> list[dict]:
     return json.loads((RESULTS / f"{name}.json").read_text())["records"]
 
 
-def difference(records: list[dict], pair: str, measure: str) -> str:
-    """`+1.3 (se 0.8, 5 seeds)` for "row - other", or `-` where one of them lacks the measure."""
-    row, other = pair.split(" - ")
-    for name in (row, other):
-        if not tables.seed_means(records, name, measure):
-            return "-"
-    return tables.gain(*tables.paired(records, row, other, measure))
-
-
-def difference_table(records: list[dict], pairs: list[str], by_target: str = "") -> str:
-    """A row for each pair, a column for each measure, and for `by_target` in each target."""
-    columns = {measure: (records, measure) for measure in tables.measures_of(records)}
-    targets = tables.targets_of(records)
-    if by_target and len(targets) > 1:
-        for target in targets:
-            runs = [record for record in records if record["target"] == target]
-            columns[f"{by_target}/{target}"] = runs, by_target
+def difference_table(pairs: list[str], columns: dict[str, tuple]) -> str:
+    """A row for each pair, "row - other"; columns as those of `tables`."""
     rows = {}
     for pair in pairs:
-        rows[pair] = [difference(runs, pair, measure) for runs, measure in columns.values()]
-    return tables.format_table("difference", list(columns), rows)
+        row, other = pair.split(" - ")
+        cells = [tables.difference(runs, row, other, name) for runs, name in columns.values()]
+        rows[pair] = cells
+    return tables.format_table("difference", [*columns], rows)
 
 
 def accuracy_tables(name: str) -> list[str]:
@@ -259,12 +240,15 @@ def accuracy_tables(name: str) -> list[str]:
     records = read_records(name)
     dataset = name[name.find("tiny-") :] if "tiny-" in name else name
     measure = tables.main_measure(records)
-    versus = measure if len(records) > 1 else None
-    texts = [tables.table(f"{dataset}, %", records, versus)]
+    columns = tables.measure_columns(records)
+    texts = [tables.table(f"{dataset}, %", records, measure if len(records) > 1 else None)]
     if len(tables.targets_of(records)) > 1:
         texts.append(tables.target_table(f"{dataset}, {measure}, %", records, measure))
+        for target, column in tables.target_columns(records, measure).items():
+            columns[f"{measure}/{target}"] = column
+        del columns[f"{measure}/average"]  # which is the column `measure`
     if RECORDS[name]:
-        texts.append(difference_table(records, RECORDS[name], measure))
+        texts.append(difference_table(RECORDS[name], columns))
     return texts
 
 
@@ -278,7 +262,7 @@ def view_tables(name: str) -> list[str]:
         records = [record for record in records if record["rows"]]
         texts.append(tables.table(title, records))
         if pairs:
-            texts.append(difference_table(records, pairs))
+            texts.append(difference_table(pairs, tables.measure_columns(records)))
     return texts
 
 
@@ -293,6 +277,14 @@ def all_tables() -> str:
 
 
 # ---------- ledger.md ----------------------------------------------------------------------------
+def published() -> list[dict]:
+    """The papers' tables as they print them, each with the command of ours that reproduces it.
+
+    Returns: [{"script", "paper", "table", "name", "command", "sets", "columns": [[data set,
+        measure, target if one is meant]], "rows": {name: {"ours": row, "accuracy": [%],
+        "deviation": [%] if printed}}, "deviations": of ours from the paper's protocol}].
+    """
+    return json.loads((ASSETS / "published.json").read_text())
 
 
 def summary_file(table: dict, dataset: str) -> str:
@@ -309,34 +301,31 @@ def commands(table: dict) -> list[str]:
     return lines
 
 
-def benchmark_records(table: dict, folder: Path) -> dict[str, list[dict]]:
-    """{data set: records} of those that have been run."""
+def our_records(table: dict, folder: Path) -> dict[str, list[dict]]:
+    """{data set: records} of the data sets that have been run, and their "average" if all have."""
     records = {}
     for dataset in table["sets"]:
         path = folder / summary_file(table, dataset)
         if path.exists():
             records[dataset] = json.loads(path.read_text())["records"]
+    if len(records) == len(table["sets"]):
+        records["average"] = tables.average_records(records)
     return records
 
 
-def our_number(by_dataset: dict, table: dict, row: str, column: list[str]) -> str:
-    """Mean and deviation over seeds. column: data set or "average", measure, and maybe a target."""
-    dataset, measure, *target = column
+def our_number(by_dataset: dict, row: str, dataset: str, measure: str, target=None) -> str:
+    """Mean and deviation over seeds of one column, for one target or the average of all."""
     records = by_dataset.get(dataset, [])
-    if dataset == "average" and len(by_dataset) == len(table["sets"]):
-        records = tables.average_records(by_dataset)
     if target:
-        name = slug(target[0])
-        records = [record for record in records if slug(record["target"]) == name]
+        records = [record for record in records if record["target"] == target]
     return tables.percent(tables.seed_means(records, row, measure)) if records else NOT_RUN
 
 
-def published_number(numbers: dict, index: int) -> str:
-    accuracy = numbers["accuracy"][index]
-    if accuracy is None:
-        return "-"
-    deviation = f" ± {numbers['deviation'][index]}" if "deviation" in numbers else ""
-    return f"{accuracy}{deviation}"
+def published_numbers(row: dict) -> list[str]:
+    numbers = ["-" if accuracy is None else str(accuracy) for accuracy in row["accuracy"]]
+    if "deviation" in row:
+        numbers = [f"{x} ± {deviation}" for x, deviation in zip(numbers, row["deviation"])]
+    return numbers
 
 
 def markdown_row(cells: list[str]) -> str:
@@ -345,18 +334,16 @@ def markdown_row(cells: list[str]) -> str:
 
 def ledger_section(table: dict, folder: Path) -> str:
     """One table of a paper: commands, numbers, deviations."""
-    by_dataset = benchmark_records(table, folder)
+    by_dataset = our_records(table, folder)
     titles = []
-    for dataset, measure, *target in table["columns"]:
-        parts = [*target, measure] if len(table["sets"]) == 1 else [dataset, measure]
+    for dataset, *parts in table["columns"]:
+        parts = parts[::-1] if len(table["sets"]) == 1 else [dataset, *parts]
         titles.append(", ".join(part for part in parts if part != "target"))
     lines = [markdown_row(["", *titles]), "|---" * (len(titles) + 1) + "|"]
-    for name, numbers in table["rows"].items():
-        row, columns = numbers["ours"], table["columns"]
-        theirs = [published_number(numbers, index) for index in range(len(titles))]
-        ours = [our_number(by_dataset, table, row, column) for column in columns]
-        lines.append(markdown_row([f"**{name}**, published", *theirs]))
-        lines.append(markdown_row([f"ours, `{row}`", *ours]))
+    for name, row in table["rows"].items():
+        ours = [our_number(by_dataset, row["ours"], *column) for column in table["columns"]]
+        lines.append(markdown_row([f"**{name}**, published", *published_numbers(row)]))
+        lines.append(markdown_row([f"ours, `{row['ours']}`", *ours]))
     shell = "\n".join(commands(table))
     numbers = "\n".join(lines)
     text = f"### {table['table']}\n```bash\n{shell}\n```\n\n{numbers}\n"
@@ -366,7 +353,7 @@ def ledger_section(table: dict, folder: Path) -> str:
 def ledger(folder: Path = RESULTS) -> str:
     """The text of ledger.md, with our numbers from the benchmark records in `folder`."""
     parts, paper = [LEDGER_INTRODUCTION], ""
-    for table in tables.published():
+    for table in published():
         if table["paper"] != paper:
             paper = table["paper"]
             parts.append(f"## {paper}\n")
@@ -375,33 +362,21 @@ def ledger(folder: Path = RESULTS) -> str:
 
 
 # ---------- assets/tiny_world.png ----------------------------------------------------------------
-DOMAINS = ("photo", "art_painting", "cartoon", "sketch")
-POSES = {"pretraining": tiny_world.PRETRAINING_POSE, "task": tiny_world.TASK_POSE}
-
-
-def contact_sheet():
-    """A figure with a column for each thing and two rows for each domain: above as the tiny CLIP
-    was pretrained on it, below as the tiny sets show it."""
+def draw_contact_sheet() -> None:
+    """A column for each thing and two rows for each domain: above as the tiny CLIP was pretrained
+    on it, below as the tiny sets show it."""
     names = (*tiny_world.OFFICE_CLASSES, *tiny_world.WATERBIRD_CLASSES)
     kinds = list(tiny_world.BACKGROUNDS)
-    figure, axes = plt.subplots(8, len(names), figsize=(len(names), 8 * 1.06))
-    rows = iter(axes)
-    for domain in DOMAINS:
+    poses = {"pretraining": tiny_world.PRETRAINING_POSE, "task": tiny_world.TASK_POSE}
+    rows = {}
+    for domain in ("photo", "art_painting", "cartoon", "sketch"):
         rng = tiny_world.tiny_rng(1000, "contact sheet", domain)
-        for index, (label, pose) in enumerate(POSES.items()):
+        for index, (label, pose) in enumerate(poses.items()):
             backgrounds = [kinds[(i + 3 * index) % len(kinds)] for i in range(len(names))]
             colors = tiny_world.random_colors(rng, len(names))
             images = tiny_world.draw(names, domain, backgrounds, colors, rng, pose)
-            cells = next(rows)
-            for cell, pixels in zip(cells, images):
-                cell.imshow(pixels.permute(1, 2, 0), interpolation="nearest")
-                cell.set(xticks=[], yticks=[])
-            cells[0].set_ylabel(f"{domain}\n{label}", fontsize=8)
-    for cell, name in zip(axes[0], names):
-        cell.set_title(name, fontsize=9)
-    edges = {"left": 0.05, "right": 0.998, "top": 0.965, "bottom": 0.005}
-    figure.subplots_adjust(**edges, wspace=0.04, hspace=0.04)
-    return figure
+            rows[f"{domain}\n{label}"] = list(images.permute(0, 2, 3, 1))  # (h, w, 3) each
+    tables.plot_images(rows, ASSETS / "tiny_world.png", titles=names)
 
 
 def main():
@@ -414,7 +389,7 @@ def main():
     (RESULTS / "ledger.md").write_text(ledger())
     print("wrote results/tables.md and results/ledger.md")
     if pictures:
-        contact_sheet().savefig(ASSETS / "tiny_world.png", dpi=132)
+        draw_contact_sheet()
         print("wrote assets/tiny_world.png")
 
 
