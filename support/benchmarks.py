@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -48,40 +47,31 @@ def read_image(path) -> Image.Image:
     try:
         return decode(path)
     except Exception as error:  # every decoder has exceptions of its own
-        advice = "mend it or remove it; `python common.py data --check NAME` names all of them"
+        advice = "repair or remove it; `python common.py data --check NAME` names all of them"
         raise InputError(f"cannot read image {path} ({reason(error)}); {advice}") from None
 
 
 def decode(path) -> Image.Image:
     with Image.open(str(path)) as image:
         image.load()
-        with contextlib.suppress(Exception):  # broken EXIF data do not tell how to turn it
+        with contextlib.suppress(Exception):  # broken EXIF data: the image stays as it is
             ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel, and white where the image is transparent."""
-    if image.mode[0] in "IF":
-        image = grey_in_8_bits(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        if image.mode[0] in "IF":
+            return grey_in_8_bits(image).convert("RGB")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def grey_in_8_bits(image: Image.Image) -> Image.Image:
     """The upper 8 of 16 bits, as Pillow does for colour images with 16 bits a channel.
 
-    Raises: ValueError for 32 bits (TIFF), where nothing tells which number is white.
+    Raises: ValueError for 32 bits (TIFF), as the file does not say which number is white.
     """
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError(f"numbers of mode {image.mode}, any range: save it with 8 or 16 bits")
-    values = np.asarray(image)
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        values = np.where(values == transparent, 65535, values)
-    return Image.fromarray((values // 256).astype(np.uint8))
+    return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
 
 
 # ---------- Folders of images --------------------------------------------------------------------
@@ -110,7 +100,7 @@ def folders_in(folder: Path) -> list[str]:
             continue
         if not path.exists():
             target = os.readlink(path)
-            raise InputError(f"{path} is a link to {target}, where nothing is; mend or remove it")
+            raise InputError(f"{path} links to {target}, which does not exist; repair or remove it")
         if path.is_dir():
             names.append(name)
     return names
@@ -188,25 +178,8 @@ def read_cub(path: Path, entry: dict):
 # ---------- Lists of images ----------------------------------------------------------------------
 def read_lines(file: Path) -> list[str]:
     """The lines of a list, without blank lines and surrounding spaces."""
-    lines = []
-    for line in file.read_text(encoding="utf-8-sig").splitlines():
-        if line.strip():
-            lines.append(line.strip())
-    return lines
-
-
-def read_pairs(file: Path, wanted: str, split: Callable = str.split) -> list[list[str]]:
-    """Every line in two: before and after its first space, or its last with `str.rsplit`.
-
-    Raises: InputError for a line of one word.
-    """
-    pairs = []
-    for line in read_lines(file):
-        pair = split(line, maxsplit=1)
-        if len(pair) < 2:
-            raise InputError(f"cannot read {line!r} in {file}; expected {wanted}")
-        pairs.append(pair)
-    return pairs
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def read_mini(path: Path, entry: dict):
@@ -215,24 +188,22 @@ def read_mini(path: Path, entry: dict):
     for domain in entry["domains"]:
         for part, key in (("train", domain), ("test", f"{domain} test")):
             parts[key] = []
-            file = path / f"{domain}_{part}_mini.txt"
-            for image, label in read_pairs(file, "<domain>/<class>/<image> label", str.rsplit):
+            for line in read_lines(path / f"{domain}_{part}_mini.txt"):
+                image, label = line.rsplit(maxsplit=1)
                 parts[key].append((path / image, int(label)))
                 names[int(label)] = Path(image).parent.name
-    return [names.get(label, f"number {label}") for label in range(max(names) + 1)], parts
+    return [names[label] for label in range(len(names))], parts
 
 
 def read_split(path: Path, entry: dict):
     """CoOp's JSON: {"train": [["image.jpg", 0, "class name"], ...], "val": ..., "test": ...}."""
-    lists = json.loads((path / entry["lists"]).read_text(encoding="utf-8-sig"))
+    lists = json.loads((path / entry["lists"]).read_text(encoding="utf-8"))
     names, parts = {}, {}
     for part in PARTS:
         parts[part] = []
         for image, label, name in lists[part]:
-            names[int(label)] = name.strip()
-            parts[part].append((path / entry["images"] / image, int(label)))
-    if sorted(names) != list(range(len(names))):
-        raise ValueError(f"labels {sorted(names)}, not 0 to {len(names) - 1}")
+            names[label] = name
+            parts[part].append((path / entry["images"] / image, label))
     return [names[label] for label in range(len(names))], parts
 
 
@@ -242,10 +213,8 @@ def read_aircraft(path: Path, entry: dict):
     parts = {}
     for part in PARTS:
         parts[part] = []
-        file = path / f"images_variant_{part}.txt"
-        for number, name in read_pairs(file, "`image number, class name`, as in `1025794 707-320`"):
-            if name not in classes:
-                raise InputError(f"{file}: class {name!r} of image {number} is not in variants.txt")
+        for line in read_lines(path / f"images_variant_{part}.txt"):
+            number, name = line.split(maxsplit=1)
             image = path / entry["images"] / f"{number}.jpg"
             parts[part].append((image, classes.index(name)))
     return classes, parts
@@ -255,9 +224,9 @@ def read_imagenet(path: Path, entry: dict):
     """ImageNet or a shift of it: a folder for each line `n01440764 tench` of classnames.txt.
 
     The classes are those with a folder: 200 in ImageNet-A and -R. ImageNetV2 names the folder of
-    line i just i, and as text 10 sorts before 2. ImageNet's validation set is its test set too.
+    line i just i; sorted as text, 10 would stand before 2. ImageNet is tested on its val part.
     """
-    lines = read_pairs(path / entry["lists"], "`folder class name`, as in `n01440764 tench`")
+    lines = [line.split(maxsplit=1) for line in read_lines(path / entry["lists"])]
     names = dict(lines)  # if a folder is listed twice, the last line counts, as in CoOp
     if entry["folder"] == "imagenetv2":
         names = {str(i): name for i, name in enumerate(names.values())}
@@ -265,8 +234,7 @@ def read_imagenet(path: Path, entry: dict):
     for part, subfolder in entry["parts"].items():
         folder = path / entry["images"] / subfolder
         folders[part] = [name for name in names if (folder / name).is_dir()]
-        images = {name: images_below(folder / name) for name in folders[part]}
-        parts[part] = numbered(images)
+        parts[part] = numbered({name: images_below(folder / name) for name in folders[part]})
     classes, *others = folders.values()
     if others and others[0] != classes:
         sizes = f"train has folders of {len(classes)} classes, val of {len(others[0])}"
@@ -280,12 +248,8 @@ def read_waterbirds(path: Path, entry: dict):
     Items are (file, bird, group = 2 * bird + background).
     """
     parts = {part: [] for part in PARTS}
-    with (path / "metadata.csv").open(newline="", encoding="utf-8-sig") as lines:
+    with (path / "metadata.csv").open(newline="", encoding="utf-8") as lines:
         for line in csv.DictReader(lines):
-            for column, count in (("y", 2), ("split", 3), ("place", 2)):
-                if int(line[column]) not in range(count):
-                    value = f"{column} of {line['img_filename']} is {line[column]}"
-                    raise ValueError(f"{value}, not 0 to {count - 1}")
             bird, background = int(line["y"]), int(line["place"])
             item = path / line["img_filename"], bird, 2 * bird + background
             parts[PARTS[int(line["split"])]].append(item)
@@ -305,11 +269,11 @@ READERS = {
 
 
 class Missing(InputError):
-    """No part of the benchmark is there."""
+    """The benchmark's folder is not there."""
 
 
 def missing(name: str, path: Path, root) -> Missing:
-    """The error for a benchmark that is not there."""
+    """The error that says how to get a benchmark."""
     entry = DATASETS[name]
     return Missing(
         f"data set {name!r} is not in {path}\n"
@@ -347,7 +311,7 @@ def read_dataset(name: str, root):
     return classes, parts
 
 
-# ---------- MNIST-CIFAR, which is composed -------------------------------------------------------
+# ---------- MNIST-CIFAR --------------------------------------------------------------------------
 def digits_and_vehicles(root, train: bool, download: bool):
     """Images of digits 0 and 1, (n, 32, 32) each, and of vehicles, (n, 3, 32, 32) each, uint8."""
     try:
@@ -392,13 +356,11 @@ def load_mnist_cifar(root, seed: int, download: bool = False) -> dict[str, tuple
 
 
 # ---------- python common.py data ----------------------------------------------------------------
-DESCRIPTION = """Lists the data sets: are they there, and are they complete?
+HELP = """Lists the data sets: are they there, and are they complete?
 
 python common.py data                          # all data sets: found or missing, and where
 python common.py data --check pacs officehome  # also counts and opens every image
 python common.py data --check folder:PATH      # the same for PATH/<domain>/<class>/<image>
-
-For `python common.py table`, which is about runs, see its own --help.
 """
 READABLE = [name for name, entry in DATASETS.items() if entry["reader"] in READERS]
 
@@ -410,11 +372,11 @@ def files_of(parts: dict[str, list]) -> list[str]:
 
 
 def cells_of(name: str, root: str) -> list[str]:
-    """A data set in the list: where it is, how many images, domains or parts, and classes."""
+    """Where a data set is, and how many images, domains or parts, and classes it has."""
     folder = Path(root) / DATASETS[name]["folder"]
     if name not in READABLE:  # MNIST-CIFAR has no image files
         complete = (folder / "MNIST").is_dir() and (folder / "cifar-10-batches-py").is_dir()
-        return ["found" if complete else "missing (--download)", "-", "-", "2"]
+        return [str(folder) if complete else "missing (--download)", "-", "-", "2"]
     try:
         classes, parts = read_dataset(name, root)
     except Missing:
@@ -464,13 +426,11 @@ def check(name: str, root: str) -> None:
 
 def list_data_sets(argv: list[str] | None = None) -> None:
     """`python common.py data`. Raises: InputError for an unknown or incomplete data set."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "common.py data", description=DESCRIPTION, formatter_class=text
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("common.py data", description=HELP, formatter_class=form)
     parser.add_argument("--data-root", default="data", help="folder that holds their folders")
-    names = f"count its images and open each of them: folder:PATH, {', '.join(READABLE)}"
-    parser.add_argument("--check", nargs="+", default=[], metavar="NAME", help=names)
+    text = f"count its images and open each of them: folder:PATH, {', '.join(READABLE)}"
+    parser.add_argument("--check", nargs="+", default=[], metavar="NAME", help=text)
     args = parser.parse_args(sys.argv[2:] if argv is None else argv)
     for name in args.check:
         if name not in READABLE and not name.startswith("folder:"):

@@ -58,41 +58,17 @@ def test_imagenet_shift_readers(imagenet, name):
         assert abs(shade_of(file) - 20 * NAMES.index(classes[label])) < 8, file
 
 
-def rewrite_split(folder, change):
-    """Change CoOp's JSON; `change` takes {part: [[file, label, class name], ...]}."""
-    file = folder / "split_zhou_Caltech101.json"
-    file.write_text(json.dumps(change(json.loads(file.read_text()))))
-
-
-def each(change):
-    """A change of every item of a split."""
-
-    def change_all(lists):
-        for part, items in lists.items():
-            lists[part] = [change(*item) for item in items]
-        return lists
-
-    return change_all
-
-
-def test_labels_of_a_split_may_be_strings(caltech):
-    expected = read_dataset("caltech101", caltech)
-    change = each(lambda file, label, name: [file, str(label), f"{name} "])
-    rewrite_split(caltech / "caltech-101", change)
-    assert read_dataset("caltech101", caltech) == expected
-
-
-SPLIT_ERRORS = [
-    (lambda lists: lists["train"], "TypeError"),
-    (lambda lists: {"train": []}, "KeyError: 'val'"),
-    (each(lambda file, label, name: [file, name, name]), "'dog'"),
-    (each(lambda file, label, name: [file, label + (label > 2), name]), "[0, 1, 2, 4, 5], not 0"),
-]
-
-
-@pytest.mark.parametrize("change, words", SPLIT_ERRORS)
-def test_a_wrong_split_is_one_clear_error(caltech, change, words):
-    rewrite_split(caltech / "caltech-101", change)
+@pytest.mark.parametrize(
+    "lists, words",
+    [
+        ([], "TypeError"),
+        ({"train": []}, "KeyError: 'val'"),
+        ({"train": [["dog/1.jpg", 1, "dog"]], "val": [], "test": []}, "KeyError: 0"),
+    ],
+)
+def test_a_wrong_split_is_one_clear_error(caltech, lists, words):
+    file = caltech / "caltech-101" / "split_zhou_Caltech101.json"
+    file.write_text(json.dumps(lists))
     with pytest.raises(InputError) as error:
         read_dataset("caltech101", caltech)
     words = "cannot read data set 'caltech101'", words, "split_zhou_Caltech101.json", "CoOp"
@@ -120,39 +96,20 @@ def test_imagenet_with_a_class_missing_in_one_part(imagenet):
         read_dataset("imagenet", imagenet)
 
 
-LISTS = [
-    ("imagenet", "imagenet", "imagenet/classnames.txt"),
-    ("imagenet", "imagenetv2", "imagenetv2/classnames.txt"),
-    ("aircraft", "fgvcaircraft", "fgvc_aircraft/variants.txt"),
-    ("aircraft", "fgvcaircraft", "fgvc_aircraft/images_variant_val.txt"),
-]
+@pytest.mark.parametrize("list_file", ["variants.txt", "images_variant_val.txt"])
+def test_blank_lines_spaces_and_windows_line_ends_mean_nothing(aircraft, list_file):
+    expected = read_dataset("fgvcaircraft", aircraft)
+    file = aircraft / "fgvc_aircraft" / list_file
+    text = file.read_text().replace("\n", "  \r\n\r\n")
+    file.write_bytes(f"\ufeff\r\n{text}  \r\n".encode())
+    assert read_dataset("fgvcaircraft", aircraft) == expected
 
 
-@pytest.mark.parametrize("tree, name, file", LISTS)
-def test_blank_lines_spaces_and_windows_line_ends_mean_nothing(request, tree, name, file):
-    data = request.getfixturevalue(tree)
-    expected = read_dataset(name, data)
-    text = (data / file).read_text().replace("\n", "  \r\n\r\n")
-    (data / file).write_bytes(f"\ufeff\r\n{text}  \r\n".encode())
-    assert read_dataset(name, data) == expected
-
-
-@pytest.mark.parametrize(
-    "tree, name, file, line, words",
-    [
-        (*LISTS[0], "n123", "`n01440764 tench`"),
-        (*LISTS[3], "12", "`1025794 707-320`"),
-        (*LISTS[3], "12 zebra", "variants.txt"),
-    ],
-)
-def test_a_wrong_line_is_one_clear_error(request, tree, name, file, line, words):
-    data = request.getfixturevalue(tree)
-    with (data / file).open("a") as lines:
-        lines.write(f"{line}\n")
-    with pytest.raises(InputError) as error:
-        read_dataset(name, data)
-    words = words, str(data / file), line.split()[-1]
-    assert all(word in str(error.value) for word in words), error.value
+def test_a_class_that_is_not_in_the_list(aircraft):
+    with (aircraft / "fgvc_aircraft" / "images_variant_val.txt").open("a") as lines:
+        lines.write("12 zebra\n")
+    with pytest.raises(InputError, match="'fgvcaircraft' .*'zebra' is not in list"):
+        read_dataset("fgvcaircraft", aircraft)
 
 
 # ---------- Waterbirds ---------------------------------------------------------------------------
@@ -163,8 +120,7 @@ def write_birds(data, lines):
     folder = data / "waterbird_complete95_forest2water2"
     for i, name in enumerate("abcde"):
         write_image(folder / f"{name}.png", 40 * i)
-    text = "\n".join(["img_filename,y,split,place", *lines])
-    (folder / "metadata.csv").write_text(f"\ufeff{text}\n")
+    (folder / "metadata.csv").write_text("\n".join(["img_filename,y,split,place", *lines, ""]))
 
 
 def test_waterbirds_groups_are_bird_and_background(tmp_path):
@@ -177,12 +133,7 @@ def test_waterbirds_groups_are_bird_and_background(tmp_path):
 
 @pytest.mark.parametrize(
     "lines, words",
-    [
-        ([*BIRDS, "a.png,2,0,0"], "y of a.png is 2, not 0 to 1"),
-        ([*BIRDS, "a.png,0,0,-1"], "place of a.png is -1, not 0 to 1"),
-        ([*BIRDS, "a.png,0,0"], "TypeError"),
-        (BIRDS[:4], "no image for its part test"),
-    ],
+    [([*BIRDS, "a.png,0,0"], "TypeError"), (BIRDS[:4], "no image for its part test")],
 )
 def test_wrong_lines_of_waterbirds(tmp_path, lines, words):
     write_birds(tmp_path, lines)
@@ -239,23 +190,23 @@ def test_links_are_followed(own_folder, tmp_path):
     assert shade_of(dogs[1]) == shade_of(dogs[0])
 
 
-def remove_dogs(folder):
-    for domain in folder.iterdir():
-        shutil.rmtree(domain / "dog")
+def without(pattern):
+    """A change of a folder: what fits the pattern is gone."""
 
+    def change(folder):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
 
-def remove_classes(folder):
-    for name in ("dog", "große Katze"):
-        shutil.rmtree(folder / "эскизы" / name)
+    return change
 
 
 OWN_ERRORS = [
-    (lambda folder: (folder / "art").symlink_to("gone"), ("art is a link to gone", "remove it")),
+    (lambda folder: (folder / "art").symlink_to("gone"), ("art links to gone", "remove it")),
     (lambda folder: (folder / "эскизы" / "cow").mkdir(), ("of class 'cow'", "Photos 2024/cow")),
-    (lambda folder: shutil.rmtree(folder / "эскизы"), ("one domain folder only, 'Photos 2024'",)),
+    (without("эскизы"), ("one domain folder only, 'Photos 2024'",)),
     (lambda folder: (folder / "photos_2024").symlink_to("Photos 2024"), ("photos_2024", "rename")),
-    (remove_dogs, ("one class only, 'große Katze'", "<domain>/<class>/<image>")),
-    (remove_classes, ("эскизы has no class folders", "<domain>/<class>/<image>")),
+    (without("*/dog"), ("one class only, 'große Katze'", "<domain>/<class>/<image>")),
+    (without("эскизы/*"), ("эскизы has no class folders", "<domain>/<class>/<image>")),
 ]
 
 
@@ -353,13 +304,6 @@ def test_16_bits_are_scaled_to_8(tmp_path, name):
     assert np.array_equal(pixels(tmp_path / name), grey([[0, 255]]))
 
 
-def test_one_grey_of_16_bits_that_means_transparent(tmp_path):
-    Image.fromarray(GREY_16).save(tmp_path / "a.png", transparency=int(GREY_16[2, 3]))
-    expected = grey(GREY_16 >> 8)
-    expected[2, 3] = 255
-    assert np.array_equal(pixels(tmp_path / "a.png"), expected)
-
-
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_numbers_without_a_white_are_an_error(tmp_path, dtype):
     Image.fromarray(GREY_16.astype(dtype)).save(tmp_path / "a.tif")
@@ -440,7 +384,7 @@ def list_data(capsys, pacs_tree):
     """What the command prints."""
 
     def call(*arguments):
-        list_data_sets(["data", "--data-root", str(pacs_tree), *arguments])
+        list_data_sets(["--data-root", str(pacs_tree), *arguments])
         return capsys.readouterr().out
 
     return call
