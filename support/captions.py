@@ -35,8 +35,8 @@ def subjects(row, clip, real, description: str, cache: dict) -> list[str]:
 
     Args:
         row: has captioner, caption_file, model, dataset and data_root.
-        real: the images (an `ImageSet`), their features (N, D) and labels (N,).
-        cache: of CoCa's captions, which all rows of a table share.
+        real: has images (an `ImageSet`), features (N, D) and labels (N,).
+        cache: CoCa's captions, which all rows of a table share.
     """
     classes = [name.replace("_", " ") for name in real.images.classes]
     names = [classes[label] for label in real.labels]
@@ -113,7 +113,7 @@ def retrieve_captions(
     return captions
 
 
-# ---------- A file -------------------------------------------------------------------------------
+# ---------- Captions from a file -----------------------------------------------------------------
 def read_captions(file, images, root) -> list[str]:
     """Captions of images (paths) from a JSON file, {path below root: caption}.
 
@@ -133,7 +133,7 @@ def greedy_captions(model, images, start: int, end: int, length: int = 30) -> to
 
     Returns: tokens (B, length): `start`, words, then `end` up to the length.
     """
-    latent, image_tokens = model._encode_image(images)  # once for all words
+    latent, image_tokens = model._encode_image(images)  # once, not for every word
     encoded = {"image_latent": latent, "image_embs": image_tokens, "output_labels": False}
     text = torch.full((len(images), 1), start, device=images.device)
     while text.shape[1] < length - 1 and (text[:, -1] != end).any():
@@ -151,7 +151,7 @@ def coca_captions(
     """Captions of image files by CoCa, whose weights are a download of 2.5 GB.
 
     Args: name, pretrained: a CoCa model of open_clip, and its tag or checkpoint file.
-    Raises: InputError if the weights cannot be had or an image cannot be read.
+    Raises: InputError if the weights cannot be loaded or an image cannot be read.
     """
     logging.disable(logging.ERROR)  # a failing download is logged thirty times
     try:
