@@ -23,7 +23,7 @@ import torch
 from IPython.display import Markdown, display
 
 import common
-from support import tables
+from support import ASSETS, tables
 
 # ---------- One look -----------------------------------------------------------------------------
 GREY, ORANGE, SKY, GREEN = "#6e6e6e", "#e69f00", "#56b4e9", "#009e73"
@@ -182,8 +182,8 @@ def table(rows: dict[str, dict], corner: str = "") -> None:
 
 
 def published(script: str, *names: str) -> None:
-    """The paper's own numbers of a script, %, from support/published.json: all tables or some."""
-    for entry in tables.published():
+    """The paper's own numbers of a script, %, from assets/published.json: all tables or some."""
+    for entry in json.loads((ASSETS / "published.json").read_text()):
         if entry["script"] != script or (names and entry["name"] not in names):
             continue
         columns = []
