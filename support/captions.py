@@ -49,8 +49,8 @@ def subjects(row, clip, real, description: str, cache: dict) -> list[str]:
     elif isinstance(files, torch.Tensor):
         raise InputError(f"--captioner {row.captioner} reads image files, and tiny data are drawn")
     elif row.captioner == "file":
-        kind, _, folder = row.dataset.rpartition(":")
-        root = folder if kind == "folder" else row.data_root
+        kind, _, folder = row.dataset.partition(":")
+        root = Path(folder).expanduser() if kind == "folder" else row.data_root
         captions = read_captions(row.caption_file, files, root)
     else:
         key = "CoCa", files.tobytes()
