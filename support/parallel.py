@@ -38,18 +38,18 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """The rank among the processes of this machine, and so the number of its GPU."""
+    """The rank among the processes of this machine, which is also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def slice_of_rank(size: int) -> slice:
-    """This rank's part of `size` things: equal parts, in the order of ranks."""
+    """This rank's part of `size` items: equal parts, in the order of ranks."""
     part = size // world_size()
     return slice(rank() * part, (rank() + 1) * part)
 
 
 def all_gather(x: torch.Tensor, domains: int) -> torch.Tensor:
-    """Features (S b, D) of all ranks, domain after domain: (S b world_size, D).
+    """Features (S b, D) of S domains, of all ranks, domain after domain: (S b world_size, D).
 
     Gradients flow back to every rank. Where all ranks compute the same loss from the result,
     `average_gradients` gives the gradient of that loss.
@@ -82,17 +82,17 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def gather_outputs(outputs: torch.Tensor, size: int) -> torch.Tensor:
-    """Outputs for `size` images, of which rank r computed images r, r + world_size, ...; (size,
-    ...), on the CPU."""
+    """All outputs, (size, ...) on the CPU: rank r computed those of images r, r + world_size, ..."""
     parts = [None] * world_size()
     dist.all_gather_object(parts, outputs)
-    whole = outputs.new_empty(size, *outputs.shape[1:])
+    gathered = outputs.new_empty(size, *outputs.shape[1:])
     for first, part in enumerate(parts):
-        whole[first :: world_size()] = part
-    return whole
+        gathered[first :: world_size()] = part
+    return gathered
 
 
 def mean_over_ranks(value: torch.Tensor) -> float:
+    """The mean over ranks of a scalar."""
     if world_size() == 1:
         return value.item()
     total = value.detach().clone()

@@ -107,7 +107,7 @@ def command_parser(script: str, doc: str, method: Parser, datasets, rows, modes,
     options["usage"] = f"python {script}.py [--flag value ...]"
     parser = Parser(parents=[method], **options)
     parser.set_defaults(script=script)
-    data = parser.add_argument_group("what is compared, on what")
+    data = parser.add_argument_group("rows and data")
     names = ", ".join(datasets) + " or folder:PATH" * ("pacs" in datasets)
     flag(data, "dataset", str, datasets[0], names)
     compared = data.add_mutually_exclusive_group()
@@ -116,7 +116,7 @@ def command_parser(script: str, doc: str, method: Parser, datasets, rows, modes,
     compared.add_argument("--modes", nargs="+", metavar="ROW", default=modes, help=text)
     text = "a comparison of the paper in place of --modes; it writes results/SCRIPT-STUDY-....json"
     compared.add_argument("--study", choices=studies, help=text)
-    seed = at_least(0, most=10**9)  # random generators count on from 1000 times the seed
+    seed = at_least(0, most=10**9)  # generators use 1000 * seed + 0, 1, ...
     data.add_argument("--seeds", "--seed", type=seed, nargs="+", default=[0], metavar="SEED")
     flag(
         data,
@@ -143,8 +143,8 @@ def command_parser(script: str, doc: str, method: Parser, datasets, rows, modes,
 def read_command(parser: Parser, preset: Callable, studies: dict, argv=None) -> argparse.Namespace:
     """Parse a command line. Nothing is loaded yet.
 
-    preset: of the flags, {name: default} of what depends on the data set, model or task.
-    Raises: InputError for values that cannot be.
+    preset(args): {flag: default} of flags that depend on the data set, the model or the task.
+    Raises: InputError for values that make no sense.
     """
     dataset = parser.parse_args(argv).dataset
     tiny = dataset.startswith("tiny-")
@@ -187,8 +187,8 @@ def read_row(parser: Parser, args: argparse.Namespace, rows: dict, text: str):
 
 def cores() -> int:
     """Cores that this process may use, at most 16; shared by torchrun's ranks on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
@@ -228,7 +228,7 @@ def write_file(path, save: Callable) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(partial)
         os.replace(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError
         raise InputError(f"cannot write {path}: {reason(error)}") from None
     finally:
         remove(partial)
@@ -240,7 +240,7 @@ def write_json(path, value) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file if it is there and can be removed. Only rank 0 does."""
+    """Remove a file if it is there. Only rank 0 does."""
     if rank() == 0 and path.is_file():
         path.unlink()
 
@@ -259,7 +259,7 @@ class Run:
     and an interrupted one goes on from its checkpoint to the same numbers; without, both files are
     removed first.
 
-    Attributes: record; state, what a training goes on from, see `save`; finished.
+    Attributes: record; state: what training continues from, see `save`; finished.
     Raises: InputError if --resume finds a run with other settings.
     """
 
@@ -298,7 +298,7 @@ class Run:
         self.save(self.state)
 
     def save(self, state: dict) -> None:
-        """Replace the checkpoint. state: tensors and numbers from which a training goes on."""
+        """Replace the checkpoint. state: tensors and numbers from which training continues."""
         self.state = state
         checkpoint = {"settings": self.settings, "record": self.record, "state": state}
         write_file(self.checkpoint, lambda path: torch.save(checkpoint, path))
@@ -321,7 +321,7 @@ class Run:
             else:
                 saved = torch.load(file, map_location="cpu", weights_only=True)
             record, settings, state = saved["record"], saved["settings"], saved["state"]
-        except Exception as error:  # whatever a file that is something else makes of its readers
+        except Exception as error:  # a file of another kind can raise anything
             hint = "remove it, or leave --resume out"
             raise InputError(f"--resume: cannot read {file}: {reason(error)}; {hint}") from None
         changes = []
@@ -338,8 +338,8 @@ class Run:
 
 # ---------- Training -----------------------------------------------------------------------------
 def check_finite(loss: torch.Tensor, where: str, lr: float) -> None:
-    """Raises: InputError if a loss is not a number, as all are after the first that is not. Called
-    before an evaluation: asking a GPU for a number waits for all that it was told to do."""
+    """Raises: InputError if a loss is not finite; once one loss is nan, all later ones are. It is
+    called before an evaluation only: asking a GPU for a number waits for all work it still has."""
     if not loss.isfinite():
         raise InputError(f"{where}: the loss is {loss.item()} at learning rate {lr:.3g}; lower it")
 
@@ -349,7 +349,7 @@ def compiled(module: nn.Module, wanted: bool) -> nn.Module:
     the module itself. Only calls of the result are compiled; no hook may be set during them."""
     if not wanted:
         return module
-    torch.compiler.reset()  # what was compiled before counts towards a limit
+    torch.compiler.reset()  # earlier compilations count towards a limit
     torch._functorch.config.donated_buffer = False  # two losses: one graph, two backward passes
     return torch.compile(module)
 
