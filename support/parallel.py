@@ -82,7 +82,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def gather_outputs(outputs: torch.Tensor, size: int) -> torch.Tensor:
-    """All outputs, (size, ...) on the CPU: rank r computed those of images r, r + world_size, ..."""
+    """All outputs (size, ...) on the CPU: rank r computed those of r, r + world_size, ..."""
     parts = [None] * world_size()
     dist.all_gather_object(parts, outputs)
     gathered = outputs.new_empty(size, *outputs.shape[1:])
