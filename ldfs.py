@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,7 +219,7 @@ def make_classifier(row, clip, class_names, class_features, features, labels):
     Args: class_features T (C, D); features, labels: all that are learnt from.
     """
     T, scale = class_features, clip.logit_scale
-    if row.zero_shot:
+    if row.zero_shot or row.finetune == "probe":
         return adapters.Probe(T.clone(), scale)
     if row.finetune == "adapter":
         return adapters.Adapter(T, scale)
@@ -228,9 +227,7 @@ def make_classifier(row, clip, class_names, class_features, features, labels):
         return adapters.TipAdapter(T, scale, features, labels)
     if row.finetune == "coop":
         return prompts.CoOp(clip, class_names)
-    if row.finetune == "probe-random":
-        return adapters.Probe(F.normalize(torch.randn_like(T), dim=-1), scale)
-    return adapters.Probe(T.clone(), scale)
+    return adapters.Probe(F.normalize(torch.randn_like(T), dim=-1), scale)  # probe-random
 
 
 def fine_tune(row, clip, class_names, class_features, sets, seed):
@@ -405,14 +402,6 @@ def plot_neighbours(synthesised, real, path, columns=12):
     tables.plot_images(pictures, path, frames=frames)
 
 
-def write_pictures(folder, synthesised: dict, targets: dict) -> None:
-    """Figure 4 for each target. synthesised: {row: {target: `Features`}}."""
-    for target, real in targets.items():
-        rows = {row: features[target] for row, features in synthesised.items() if features}
-        if rows:
-            plot_neighbours(rows, real, folder / f"neighbours-{common.slug(target)}.png")
-
-
 # ---------- Who may see what, and when -----------------------------------------------------------
 # in Waterbirds the place is the domain: which place a target is made from, and which birds
 OTHER_PLACE = {"water": ("land", [0]), "land": ("water", [1])}
@@ -437,14 +426,6 @@ def of_groups(images, *groups: int) -> common.ImageSet:
     return images.subset(np.flatnonzero(inside))
 
 
-def words_for(args, domain):
-    """The description of a domain, "a sketch of a {}"."""
-    if common.slug(domain) not in args.descriptions:
-        hint = f'add --descriptions "{domain}=a ... of a {{}}"'
-        raise common.InputError(f"no words describe domain {domain!r}; {hint}")
-    return args.descriptions[common.slug(domain)]
-
-
 def make_task(args, domains, source, others) -> tuple[common.Task, dict]:
     """A task and its targets; see `load_tasks`."""
     split = common.leave_one_out(domains, others[0].name)  # of all but this one
@@ -453,11 +434,11 @@ def make_task(args, domains, source, others) -> tuple[common.Task, dict]:
     tests = {"hold-out": hold_out, "source": {source: balanced[source]}, "target": {}}
     targets = {}
     for domain in others:
-        origin, chosen = source, range(len(split.classes))
+        origin, classes = source, range(len(split.classes))
         if args.dataset in captions.WATERBIRDS:
-            origin, chosen = OTHER_PLACE[domain.name]
-        words = words_for(args, origin), words_for(args, domain.name)
-        targets[domain.name] = *words, chosen
+            origin, classes = OTHER_PLACE[domain.name]
+        words = [captions.words_for(name, args.descriptions) for name in (origin, domain.name)]
+        targets[domain.name] = *words, classes
         tests["target"][domain.name] = domain.balanced or domain.images
     train = {source: split.train[source]}
     return common.Task(split.classes, train, tests), targets
@@ -504,8 +485,10 @@ def train_and_test(args, rows: dict, clip, task, targets, run, seed, cache) -> N
     # Everything is learnt. Only now images of the targets are read.
     source = read(*task.tests["source"].values())
     real = {name: read(images) for name, images in task.tests["target"].items()}
-    if args.figures or not args.study:
-        write_pictures(run.folder, synthesised, real)
+    for target in real if args.figures or not args.study else ():
+        made = {row: features[target] for row, features in synthesised.items() if features}
+        path = run.folder / f"neighbours-{common.slug(target)}.png"
+        plot_neighbours(made, real[target], path)
     run.extra["synthesised"] = {}
     for name in rows:
         if synthesised[name]:
@@ -609,15 +592,7 @@ def settings(argv=None) -> tuple:
     domain: its words}."""
     command, row_parser = parsers()
     args = runs.read_command(command, preset, STUDIES, argv)
-    words = json.loads(captions.WORDS.read_text())
-    descriptions = {**words["descriptions"], **words.get(f"descriptions of {args.dataset}", {})}
-    for pair in args.descriptions:
-        name, _, text = pair.partition("=")
-        if not runs.has_one_place(text):
-            what = f"needs {runs.ONE_PLACE}"
-            raise common.InputError(f"--descriptions: {name}={text!r} {what}")
-        descriptions[common.slug(name)] = text
-    args.descriptions = descriptions
+    args.descriptions = captions.read_descriptions(args.dataset, args.descriptions)
     rows = runs.read_rows(row_parser, args, ROWS)
     for row in rows.values():
         if row.captioner == "file" and not row.caption_file:

@@ -3,7 +3,7 @@
     python results/write.py             # tables.md and ledger.md
     python results/write.py --pictures  # and assets/tiny_world.png, every thing in every domain
 
-tables.md holds the tables that are listed in RECORDS and VIEWS below. ledger.md shows published
+tables.md holds the tables that are listed in assets/tables.json. ledger.md shows published
 numbers beside ours: they, the commands and deviations are in assets/published.json, and a command
 writes its records to results/benchmark-....json.
 """
@@ -113,112 +113,13 @@ def budget(record: dict) -> dict:
 
 
 # ---------- tables.md ----------------------------------------------------------------------------
-RECORDS = {  # {record: differences that a text mentions, "row - other"}
-    "headpurify-tiny-pacs": ["full - zero-shot"],
-    "headpurify-tiny-office": ["full - zero-shot"],
-    "headpurify-components-tiny-pacs": ["dig - zero-shot", "ha-lora - lora"],
-    "headpurify-mmd-target-tiny-pacs": [],
-    "headpurify-strategy-tiny-pacs": [],
-    "headpurify-lora-capacity-tiny-pacs": [],
-    "headpurify-prompts-tiny-pacs": ["zero-shot/prompt=coop - zero-shot/prompt=templates"],
-    "headpurify-choices-photo": [],
-    "headpurify-choices-sketch": [],
-    "headpurify-drop-heads-tiny-pacs": [],
-    "headpurify-heads-tiny-pacs": [],
-    "headpurify-tiny-pacs-16-heads": [
-        "ha-lora+dig - lora",
-        "ha-lora - lora",
-        "ha-lora - lora/lora-rank=match",
-        "ha-lora+dig - ha-lora",
-    ],
-    "headpurify-drop-heads-tiny-pacs-16-heads": [],
-    "headpurify-heads-tiny-pacs-16-heads": [],
-    "clipood-components-tiny-pacs-domain-shift": [
-        "mms - linear",
-        "mms - ms",
-        "mms+bma - mms",
-        "mms+wise-ft - mms+bma",
-    ],
-    "clipood-components-tiny-office-open-class": [
-        "mms - ms",
-        "mms+bma - mms",
-        "mms+wise-ft - mms+bma",
-    ],
-    "clipood-components-tiny-office-in-the-wild": ["mms - ms", "mms+bma - mms"],
-    "clipood-average-tiny-pacs-domain-shift": [],
-    "clipood-storage-tiny-pacs-domain-shift": [],
-    "clipood-prompts-tiny-pacs-domain-shift": [],
-    "clipood-prompts-tiny-office-open-class": [],
-    "ldfs-tiny-pacs": ["ldfs - plain", "ldfs - lads", "ldfs - zero-shot"],
-    "ldfs-tiny-waterbirds": ["ldfs - lads", "ldfs - zero-shot"],
-    "ldfs-losses-tiny-pacs": [
-        "ldfs/sigma=0/pairwise=0 - ldfs/direction=global/sigma=0/pairwise=0",
-        "ldfs/pairwise=0 - ldfs/sigma=0/pairwise=0",
-        "ldfs - ldfs/pairwise=0",
-        "ldfs/consistency=1 - ldfs",
-        "ldfs/consistency=1/temperature=clip - ldfs",
-        "lads/temperature=clip - lads",
-    ],
-    "ldfs-losses-tiny-waterbirds": [
-        "ldfs - ldfs/pairwise=0",
-        "ldfs/consistency=1 - ldfs",
-        "ldfs/consistency=1/temperature=clip - ldfs",
-    ],
-    "ldfs-finetune-tiny-pacs": [
-        "ldfs/finetune=probe-random - plain/finetune=probe-random",
-        "ldfs/finetune=coop - plain/finetune=coop",
-        "ldfs/finetune=adapter - plain/finetune=adapter",
-        "ldfs/finetune=tip-adapter - lads/finetune=tip-adapter",
-    ],
-    "ldfs-captions-tiny-pacs": [],
-    "ldfs-sigma-tiny-pacs": ["ldfs/sigma=0.1 - ldfs/sigma=0"],
-    "vit_diverse-tiny-mnist-cifar": ["erm+sel - erm", "div - erm"],
-    "vit_diverse-lambda-tiny-mnist-cifar": [
-        "div/lambda=100000 - div/lambda=0",
-        "div+sel/lambda=100000 - div+sel/lambda=0",
-    ],
-    "vit_diverse-lambda-token-tiny-mnist-cifar": [
-        "div/lambda=1 - div/lambda=0",
-        "div+sel/lambda=1 - div+sel/lambda=0",
-        "div/lambda=100 - div/lambda=0",
-        "div+sel/lambda=100 - div+sel/lambda=0",
-    ],
-    "vit_diverse-tiny-waterbirds": ["erm+sel - erm"],
-    "together-tiny-pacs": [
-        "purified+bma - purified",
-        "purified+mms - purified",
-        "purified+mms+bma - purified+bma",
-        "purified+ldfs - purified+probe",
-        "purified+ldfs - purified",
-    ],
+LISTED = json.loads((ASSETS / "tables.json").read_text())
+RECORDS = LISTED["records"]  # {record: differences that a text mentions, "row - other"}
+VIEWS = LISTED["views"]  # [[record, title, a view above, differences]]
+VIEW_OF = {
+    view.__name__: view
+    for view in (first_run, places, synthesised, interference, drop, heads, budget, correlations)
 }
-CORRELATION = "rank correlation, in hundredths"
-DROP = "target, %, heads dropped:"
-VIEWS = [  # record, title, numbers, differences
-    ("headpurify-tiny-pacs", "tiny-pacs, 1 run, %", first_run, ["lora - ha-lora+dig"]),
-    ("headpurify-components-tiny-pacs", "mean |cosine|, %", interference, []),
-    ("headpurify-drop-heads-tiny-pacs", DROP, drop, ["greedy on sources - random"]),
-    ("headpurify-heads-tiny-pacs", CORRELATION, correlations, []),
-    (
-        "headpurify-drop-heads-tiny-pacs-16-heads",
-        DROP,
-        drop,
-        ["greedy on sources - random", "gates on frozen CLIP - random"],
-    ),
-    ("headpurify-heads-tiny-pacs-16-heads", CORRELATION, correlations, []),
-    ("ldfs-tiny-waterbirds", "target, %", places, []),
-    ("ldfs-tiny-pacs", "synthesised, %", synthesised, []),
-    ("ldfs-losses-tiny-pacs", "synthesised, %", synthesised, []),
-    ("ldfs-losses-tiny-waterbirds", "synthesised, %", synthesised, []),
-    ("vit_diverse-tiny-mnist-cifar", "single heads, %", heads, []),
-    ("vit_diverse-tiny-mnist-cifar", "ood, %", budget, []),
-    (
-        "vit_diverse-lambda-token-tiny-mnist-cifar",
-        "single heads, %",
-        heads,
-        ["div/lambda=100 - div/lambda=0"],
-    ),
-]
 
 
 def read_records(name: str) -> list[dict]:
@@ -258,7 +159,7 @@ def view_tables(name: str) -> list[str]:
     for record_name, title, view, pairs in VIEWS:
         if record_name != name:
             continue
-        records = [{**record, "rows": view(record)} for record in read_records(name)]
+        records = [{**record, "rows": VIEW_OF[view](record)} for record in read_records(name)]
         records = [record for record in records if record["rows"]]
         texts.append(tables.table(title, records))
         if pairs:

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from support import ASSETS, InputError, reason
+from support import ASSETS, InputError, reason, slug
 from support.benchmarks import read_image
+from support.runs import ONE_PLACE, has_one_place
 
 WORDS = ASSETS / "words.json"  # descriptions of domains, and phrases for `retrieve_captions`
 WATERBIRDS = ("tiny-waterbirds", "waterbirds")  # data sets whose domain is the place
@@ -27,6 +28,28 @@ OPENING = (
     r"^((there (is|are) )?((an?|the) )?([\w-]+ ){0,3}?(photo|photograph|picture|image|painting|"
     r"sketch|drawing|cartoon|illustration|clipart) (of|with) )?((an?|the) )?"
 )
+
+
+# ---------- Descriptions of domains --------------------------------------------------------------
+def read_descriptions(dataset: str, pairs: list[str]) -> dict[str, str]:
+    """{slug of a domain: its words, "a sketch of a {}"}, from assets/words.json and from pairs
+    "NAME=TEXT" of --descriptions. Raises: InputError for a text without a place for the subject."""
+    words = json.loads(WORDS.read_text())
+    descriptions = {**words["descriptions"], **words.get(f"descriptions of {dataset}", {})}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if not has_one_place(text):
+            raise InputError(f"--descriptions: {name}={text!r} needs {ONE_PLACE}")
+        descriptions[slug(name)] = text
+    return descriptions
+
+
+def words_for(domain: str, descriptions: dict[str, str]) -> str:
+    """The description of a domain. Raises: InputError if there is none."""
+    if slug(domain) not in descriptions:
+        hint = f'add --descriptions "{domain}=a ... of a {{}}"'
+        raise InputError(f"no words describe domain {domain!r}; {hint}")
+    return descriptions[slug(domain)]
 
 
 # ---------- Captions in descriptions -------------------------------------------------------------
