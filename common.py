@@ -390,13 +390,13 @@ def few_shot(images: ImageSet, shots: int, seed: int, none_ok=False) -> ImageSet
     by_class = np.argsort(labels, kind="stable")
     ends = np.bincount(labels, minlength=len(images.classes)).cumsum()
     chosen = []
-    for name, own in zip(images.classes, np.split(by_class, ends[:-1])):
-        if not len(own) and not none_ok:
+    for name, indices in zip(images.classes, np.split(by_class, ends[:-1])):
+        if not len(indices) and not none_ok:
             raise InputError(f"there is no image of class {name!r} to draw {shots} shots from")
-        if len(own) < shots:
-            few = f"class {name!r} has only {len(own)} images, fewer than {shots} shots"
+        if len(indices) < shots:
+            few = f"class {name!r} has only {len(indices)} images, fewer than {shots} shots"
             print(f"{few}: all are used")
-        chosen.append(rng.permutation(own)[:shots])
+        chosen.append(rng.permutation(indices)[:shots])
     return images.subset(np.concatenate(chosen))
 
 
@@ -572,8 +572,8 @@ class Clip:
     logit_scale: float  # 1 / tau
     device: torch.device
     precision: str
-    config: dict  # what `export_clip` writes down
-    cache: dict = field(default_factory=dict)  # text features that were asked for before
+    config: dict  # what `export_clip` writes
+    cache: dict = field(default_factory=dict)  # text features that were computed before
 
     @torch.no_grad()
     def encode_text(self, texts: list[str], batch_size: int = 256) -> torch.Tensor:

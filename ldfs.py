@@ -351,33 +351,33 @@ def synthesis_quality(synthesised, source, targets) -> dict[str, float]:
     return {measure: float(np.mean(values)) for measure, values in results.items()}
 
 
-def quality_of_moves(own, source, real) -> dict:
-    classes = [c for c in own.labels.unique() if c in real.labels and c in source.labels]
+def quality_of_moves(synthetic, source, real) -> dict:
+    classes = [c for c in synthetic.labels.unique() if c in real.labels and c in source.labels]
     shift = class_means(real.features, real.labels, classes)
     shift = shift - class_means(source.features, source.labels, classes)
-    move = own.features - own.start
-    cosines = F.cosine_similarity(class_means(move, own.labels, classes), shift)
+    move = synthetic.features - synthetic.start
+    cosines = F.cosine_similarity(class_means(move, synthetic.labels, classes), shift)
     return {
         "move": move.norm(dim=1).mean(),
         "to real shift": cosines.mean(),
-        "spread": spread(own),
+        "spread": spread(synthetic),
         "real spread": spread(real),
     }
 
 
-def quality_of_neighbours(own, target: str, source, targets) -> dict:
+def quality_of_neighbours(synthetic, target: str, source, targets) -> dict:
     real = targets[target]
-    different = nearest(own.features, real.features).unique()
+    different = nearest(synthetic.features, real.features).unique()
     pool = [source, *targets.values()]
     features = torch.cat([part.features for part in pool])
     labels = torch.cat([part.labels for part in pool])
     domains = [torch.full_like(part.labels, i) for i, part in enumerate(pool)]
-    image = nearest(own.features, features)
-    right_class = labels[image] == own.labels
+    image = nearest(synthetic.features, features)
+    right_class = labels[image] == synthetic.labels
     right_domain = torch.cat(domains)[image] == 1 + list(targets).index(target)
     both = right_class & right_domain
     return {
-        "distinct": len(different) / min(len(own.labels), len(real.labels)),
+        "distinct": len(different) / min(len(synthetic.labels), len(real.labels)),
         "right class": right_class.double().mean(),
         "right domain": right_domain.double().mean(),
         "both": both.double().mean(),
@@ -388,16 +388,16 @@ def plot_neighbours(synthesised, real, path, columns=12):
     """Figure 4: source images, and below them the real target images nearest to what each row made
     of them. Frames: red, wrong class; blue, the same image as in a column before."""
     pictures, frames = {}, {}
-    for row, own in synthesised.items():
-        chosen = torch.linspace(0, len(own.labels) - 1, columns).long().tolist()
-        images = nearest(own.features[chosen], real.features).tolist()
-        pictures["source"] = [own.images.picture(i) for i in chosen]
+    for row, synthetic in synthesised.items():
+        indices = torch.linspace(0, len(synthetic.labels) - 1, columns).long().tolist()
+        images = nearest(synthetic.features[indices], real.features).tolist()
+        pictures["source"] = [synthetic.images.picture(i) for i in indices]
         pictures[row] = [real.images.picture(i) for i in images]
         frames[row] = [None] * columns
         for column, image in enumerate(images):
             if image in images[:column]:
                 frames[row][column] = "tab:blue"
-            if real.labels[image] != own.labels[chosen[column]]:
+            if real.labels[image] != synthetic.labels[indices[column]]:
                 frames[row][column] = "tab:red"
     tables.plot_images(pictures, path, frames=frames)
 
@@ -449,14 +449,14 @@ def load_tasks(args, seed):
     are made from, its own words, the classes of these images)}."""
     domains = read_domains(args, seed)
     names = [domain.name for domain in domains]
-    chosen = []
+    targets = []
     for text in args.targets or ["all"]:
-        chosen += common.choose_targets(text, names)
+        targets += common.choose_targets(text, names)
     tasks = {}
     for source in common.choose_targets(args.source, names, "source"):
-        if args.targets and args.source != "all" and source in chosen:
+        if args.targets and args.source != "all" and source in targets:
             raise common.InputError(f"--targets names {source!r}, the source: its images are known")
-        others = [domain for domain in domains if domain.name in chosen and domain.name != source]
+        others = [domain for domain in domains if domain.name in targets and domain.name != source]
         if others:  # none if --source all meets the only one of --targets
             tasks[source] = make_task(args, domains, source, others)
     return tasks

@@ -157,7 +157,7 @@ def select_heads(model, heads, labels, groups=None) -> tuple[torch.Tensor, torch
     return masks[best], scores
 
 
-# ---------- The network: a ViT whose last layer tells what each head read and said ---------------
+# ---------- The network: a ViT whose last layer gives each head an input of its own --------------
 class LastBlock(nn.Module):
     """The last layer: no residual path around its attention, so all that the classifier reads came
     through some head.
@@ -190,8 +190,8 @@ class LastBlock(nn.Module):
         if self.qkv.bias is not None:
             b_q, _, b_v = self.qkv.bias.view(3, self.heads, 1, -1)  # each (H, 1, d)
         q = inputs[:, :, 0] @ w_q.mT + b_q  # (H, B, d)
-        asked = (q @ w_k)[..., None]  # (H, B, D, 1)
-        scores = inputs @ asked / w_q.shape[1] ** 0.5  # (H, B, N, 1)
+        projected = (q @ w_k)[..., None]  # W_k^T q, (H, B, D, 1)
+        scores = inputs @ projected / w_q.shape[1] ** 0.5  # (H, B, N, 1)
         mixed = (scores.softmax(2) * inputs).sum(2)  # (H, B, D)
         heads = mixed @ w_v.mT + b_v  # (H, B, d)
         return heads.transpose(0, 1)
@@ -441,7 +441,7 @@ def compare(args, all_rows: dict, run, seed: int) -> None:
         if rows.keys() <= run.rows.keys():
             continue
         *_, row = rows.values()  # they differ in selection alone
-        model, history, heads = train_and_look(training, row, sets, run, seed)
+        model, history, heads = train_network(training, row, sets, run, seed)
         for name, row in rows.items():
             metrics, extra = evaluate_row(row, model, heads, sets, weights, seed)
             if row.protocol == "published":
@@ -450,7 +450,7 @@ def compare(args, all_rows: dict, run, seed: int) -> None:
     run.record["rows"] = {name: run.rows[name] for name in all_rows}  # the table's order
 
 
-def train_and_look(name: str, row, sets: dict, run, seed: int) -> tuple:
+def train_network(name: str, row, sets: dict, run, seed: int) -> tuple:
     """One training: its network, losses, and head outputs {set: `collect_heads`}; it fills
     run.extra with what heads see and transforms the sets for the network."""
     torch.manual_seed(seed)
