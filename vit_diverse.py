@@ -552,14 +552,14 @@ def parsers() -> tuple:
     whole, number, positive = runs.at_least(1), runs.at_least(0, float), runs.positive
     table = "(default: see above)"
     flag("lambda", number, None, f"weight of L_IG in DIV {table}")
-    text = f"token: cosines (authors' code); none: poster {table}"
-    flag("normalize", ("token", "none"), None, text)
+    flag(
+        "normalize", ("token", "none"), None, f"cosines (authors' code) or as in the poster {table}"
+    )
     flag("reduce", ("mean", "sum"), "mean", "over pairs: sum / H^2 (authors' code) or sum")
     flag("select-by", ("accuracy", "worst-group"), "accuracy", "of OOD validation images")
     flag("batch-size", whole, None, f"images in a step {table}")
     flag("epochs", whole, None, f"passes over the training images {table}")
-    text = f"of ERM; / 10 after 70 % and after 80 % of the epochs {table}"
-    flag("lr", positive, None, text)
+    flag("lr", positive, None, f"of ERM; / 10 after 70 % and after 80 % of the epochs {table}")
     flag("div-lr", positive, None, f"of DIV, likewise {table}")
     row = runs.Parser(parents=[method], add_help=False, allow_abbrev=False)
     row.add_argument("--diverse", action="store_true")
