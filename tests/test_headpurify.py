@@ -15,7 +15,6 @@ from torch import nn
 import common
 import headpurify
 from headpurify import HeadPurifiedAttention, merge, purify
-from support import heads
 
 
 def small_clip(heads=12, width=48, layers=4):
@@ -80,7 +79,7 @@ def test_merged_equals_unmerged_after_training_steps(name, head_aware, gated):
 
 
 def loop_over_heads(layer: HeadPurifiedAttention, z):
-    """The paper's formulas, one head at a time; row vectors, z @ W."""
+    """The paper's formulas, one gated head at a time; row vectors, z @ W. Returns: (B, N, H d)."""
     mha, H, d = layer.mha, layer.mha.num_heads, layer.mha.head_dim
     w_q, w_k, w_v = mha.in_proj_weight.T.split(H * d, dim=1)  # (D, D), y = z @ W
     b_q, b_k, b_v = mha.in_proj_bias.split(H * d)
@@ -96,7 +95,7 @@ def loop_over_heads(layer: HeadPurifiedAttention, z):
         v = z @ (w_v[:, own] + update_v) + b_v[own]
         attention = torch.softmax(q @ k.transpose(1, 2) / d**0.5, dim=-1)
         outputs.append(gates[i] * (attention @ v))
-    return torch.cat(outputs, -1) @ mha.out_proj.weight.T + mha.out_proj.bias
+    return torch.cat(outputs, -1)
 
 
 def attention(seed=1):
@@ -111,7 +110,8 @@ def test_against_a_loop_over_heads(head_aware):
     z = torch.randn(2, 5, 24, dtype=torch.float64)
     assert layer.down_q.shape == (6 if head_aware else 1, 24, 3)
     assert layer.up_q.shape == (6, 3, 4)
-    assert torch.allclose(layer(z)[0], loop_over_heads(layer, z), atol=1e-12)
+    expected = layer.mha.out_proj(loop_over_heads(layer, z))
+    assert torch.allclose(layer(z)[0], expected, atol=1e-12)
 
 
 def test_conventional_lora_is_one_shared_matrix_product():
@@ -129,29 +129,21 @@ def test_conventional_lora_is_one_shared_matrix_product():
     assert torch.allclose(layer(z)[0], expected, atol=1e-12)
 
 
-def test_ha_lora_with_equal_down_projections_is_lora():
-    mha = attention()
-    aware = HeadPurifiedAttention(mha, 2, head_aware=True)
-    shared = HeadPurifiedAttention(mha, 2, head_aware=False)
-    randomize([shared])
-    for name, value in shared.named_parameters():
-        own = aware.get_parameter(name)
-        own.data.copy_(value.expand_as(own))
-    z = torch.randn(2, 5, 24, dtype=torch.float64)
-    assert torch.allclose(aware(z)[0], shared(z)[0], atol=1e-12)
-
-
-def test_parameter_count_of_vit_b16_by_hand():
-    """12 heads, D = 768, d = 64: a layer has 2 (12 * 768 r + 12 r 64) numbers and 12 gates."""
-    mha = nn.MultiheadAttention(768, 12, batch_first=True)
-    count = 0
-    for rank in [2] * 10 + [8] * 2:
-        layer = HeadPurifiedAttention(mha, rank)
-        count += sum(p.numel() for p in layer.parameters() if p.requires_grad)
-    assert count == (10 * 2 + 2 * 8) * 2 * (12 * 768 + 12 * 64) + 12 * 12
-    shared = HeadPurifiedAttention(mha, 8, head_aware=False, gated=False)
-    count = sum(p.numel() for p in shared.parameters() if p.requires_grad)
-    assert count == 8 * 2 * (768 + 768)
+@pytest.mark.parametrize("heads, width", [(6, 96), (12, 768)])
+def test_parameters_of_adapters(heads, width):
+    """A projection has r (H D + D) numbers in HA-LoRA and r (D + D) in LoRA."""
+    mha = nn.MultiheadAttention(width, heads, batch_first=True)
+    counts = {}
+    for adapter, lora_rank in (("ha-lora", "same"), ("lora", "match"), ("lora", "double")):
+        row = SimpleNamespace(adapter=adapter, lora_rank=lora_rank, rank=2, last_rank=8)
+        count = 0
+        for rank in headpurify.lora_ranks(row, heads):
+            layer = HeadPurifiedAttention(mha, rank, adapter == "ha-lora")
+            count += sum(p.numel() for p in layer.lora_parameters())
+        counts[lora_rank] = count
+    assert counts["same"] == 2 * (2 + 8) * (heads * width + width)
+    assert counts["match"] == counts["same"]
+    assert counts["double"] == 2 * 2 * (2 + 8) * (width + width)
 
 
 def test_other_towers_are_refused():
@@ -196,76 +188,84 @@ def test_interference_is_the_cosine_of_updates():
         assert found == pytest.approx(np.mean(cosines), rel=1e-5)
 
 
-def test_bf16_sees_what_gates_learn_at_first():
-    """A gate of 1.001 changes the output of a layer in bf16 as much as it does in float32."""
-    layer = small_clip(heads=3, width=12, layers=2).visual.transformer.resblocks[0].attn
-    layer = HeadPurifiedAttention(layer, rank=0)
-    torch.manual_seed(0)
-    z = torch.randn(4, 17, 12)
-    changes = {}
-    for precision in ("fp32", "bf16"):
-        outputs = []
-        for gate in (1.0, 1.001):
-            layer.gates = torch.tensor([gate, 1.0, 1.0]).clone
-            with torch.no_grad(), common.autocast("cpu", precision):
-                outputs.append(layer(z)[0].float())
-        changes[precision] = (outputs[1] - outputs[0]).norm().item()
-    assert changes["fp32"] > 0
-    assert changes["bf16"] == pytest.approx(changes["fp32"], rel=0.1)
-
-
-def test_tokens_in_bf16_stay_so_and_carry_small_gates_on_average():
-    """A purified layer hands on what a plain one does: half the memory of float32."""
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.02), (torch.bfloat16, 0.15)])
+def test_bf16_sees_what_gates_learn_at_first(dtype, tolerance):
+    """In bf16 a gate of 1.001 changes the output as much as it does in float32; tokens that come
+    in bf16 go on in bf16, half the memory, and carry the change on average."""
     layer = HeadPurifiedAttention(attention().float(), rank=0)
     torch.manual_seed(0)
     z = torch.randn(512, 17, 24)
-    changes = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    changes = []
+    for precision, tokens in (("fp32", z), ("bf16", z.to(dtype))):
         outputs = []
         for gate in (1.0, 1.001):
             layer.gates = torch.full((6,), gate).clone
-            with torch.no_grad(), torch.autocast("cpu", enabled=dtype == torch.bfloat16):
-                out, _ = layer(z.to(dtype))
-            assert out.dtype == dtype
-            outputs.append(out.float())
-        changes[dtype] = outputs[1] - outputs[0]
-    expected, found = changes.values()
+            with torch.no_grad(), common.autocast("cpu", precision):
+                output, _ = layer(tokens)
+            assert output.dtype == tokens.dtype
+            outputs.append(output.float())
+        changes.append(outputs[1] - outputs[0])
+    expected, found = changes
     share = (found * expected).sum() / expected.square().sum()
-    assert share.item() == pytest.approx(1, abs=0.15)
+    assert share.item() == pytest.approx(1, abs=tolerance)
 
 
 # ---------- Which loss trains what ---------------------------------------------------------------
 PAIRS = ((0, 1), (0, 2), (1, 2))
+BANDWIDTHS = [0.3, 1.0]
 
 
 @pytest.fixture
-def purified_batch():
-    """A small purified tower in float64 and a batch of three domains.
-
-    Returns: its low-rank factors, its gates, and a function that computes both losses.
-    """
-    visual = small_clip(heads=3, width=12, layers=2).double().visual
-    layers = purify(visual, rank=2, last_rank=2)
-    randomize(layers)
+def batch():
+    """Images of three domains, one after another, their labels, and class features."""
     generator = torch.Generator().manual_seed(5)
     options = {"generator": generator, "dtype": torch.float64}
     images = torch.randn(9, 3, 32, 32, **options)
     class_features = F.normalize(torch.randn(4, 32, **options), dim=-1)
-    labels, domain = torch.arange(9) % 4, torch.arange(3).repeat_interleave(3)
+    return images, torch.arange(9) % 4, class_features
 
-    def losses(where="output"):
-        with headpurify.recorded(visual, where) as record:
-            embedding = visual(images)
-        logits = 10 * F.normalize(embedding, dim=-1) @ class_features.T
-        distances = []
-        for feature in [tokens[:, 0] for tokens in record] or [embedding]:
-            x = F.normalize(feature, dim=-1)
-            for a, b in PAIRS:
-                distances.append(common.mmd2(x[domain == a], x[domain == b], [0.3, 1.0]))
-        return F.cross_entropy(logits, labels), torch.stack(distances).mean()
 
-    lora = [p for layer in layers for p in layer.lora_parameters()]
-    return lora, [layer.gate_logits for layer in layers], losses
+@pytest.fixture
+def visual():
+    """A small purified tower in float64."""
+    visual = small_clip(heads=3, width=12, layers=2).double().visual
+    randomize(purify(visual, rank=2, last_rank=2))
+    return visual
+
+
+def slow_losses(visual, images, labels, class_features, where):
+    """L_cls, and MMD^2 averaged over every pair of three domains and every layer, one by one."""
+    with headpurify.recorded(visual, where) as record:
+        embedding = visual(images)
+    logits = 10 * F.normalize(embedding, dim=-1) @ class_features.T
+    distances = []
+    for feature in [tokens[:, 0] for tokens in record] or [embedding]:
+        domains = F.normalize(feature, dim=-1).split(3)
+        for a, b in PAIRS:
+            distances.append(common.mmd2(domains[a], domains[b], BANDWIDTHS))
+    return F.cross_entropy(logits, labels), torch.stack(distances).mean()
+
+
+@pytest.mark.parametrize("where", ["output", "layers", "heads"])
+def test_losses_of_a_batch(visual, batch, where):
+    expected = slow_losses(visual, *batch, where)
+    found = headpurify.losses(visual, *batch[:2], batch[2].float(), 10, 3, where, BANDWIDTHS)
+    for loss, slow in zip(found, expected):
+        assert loss.item() == pytest.approx(slow.item(), rel=1e-5)
+    loss_cls, none = headpurify.losses(visual, *batch[:2], batch[2].float(), 10, 3, None)
+    assert loss_cls == found[0] and none == 0
+
+
+def test_heads_that_mmd_compares_are_those_of_the_loop(visual, batch):
+    inputs, layers = [], []
+    for block in visual.transformer.resblocks:
+        block.ln_1.register_forward_hook(lambda module, args, output: inputs.append(output))
+        layers.append(block.attn)
+    with headpurify.recorded(visual, "heads") as record:
+        visual(batch[0])
+    assert len(record) == 2
+    for layer, z, heads in zip(layers, inputs, record):
+        assert torch.allclose(heads, loop_over_heads(layer, z), atol=1e-12)
 
 
 def directional_slope(parameter, direction, function, eps=1e-6):
@@ -281,14 +281,18 @@ def directional_slope(parameter, direction, function, eps=1e-6):
 
 @pytest.mark.parametrize("where", ["output", "layers", "heads"])
 @pytest.mark.parametrize("mmd_grad", ["none", "lora", "gates", "both"])
-def test_gradient_routing(purified_batch, where, mmd_grad):
+def test_gradient_routing(visual, batch, where, mmd_grad):
     """What L_MMD reaches has the gradient of L_cls + alpha L_MMD, the rest that of L_cls."""
-    lora, gates, losses = purified_batch
+    layers = [block.attn for block in visual.transformer.resblocks]
+    lora = [p for layer in layers for p in layer.lora_parameters()]
+    gates = [layer.gate_logits for layer in layers]
     trained = lora + gates
     reached = {"none": [], "lora": lora, "gates": gates, "both": trained}[mmd_grad]
-    headpurify.route_gradients(*losses(where), trained, reached, alpha=0.7)
+    loss_cls, loss_mmd = slow_losses(visual, *batch, where)
+    headpurify.route_gradients(loss_cls, loss_mmd, trained, reached, alpha=0.7)
     found = [p.grad.clone() for p in trained]
-    headpurify.route_gradients(losses(where)[0], None, trained, [], alpha=0.7)
+    loss_cls, _ = slow_losses(visual, *batch, where)
+    headpurify.route_gradients(loss_cls, None, trained, [], alpha=0.7)
     generator = torch.Generator().manual_seed(3)
     for parameter, gradient in zip(trained, found):
         weight = 0.7 * any(parameter is other for other in reached)
@@ -298,7 +302,7 @@ def test_gradient_routing(purified_batch, where, mmd_grad):
             assert torch.equal(parameter.grad, gradient)
 
         def both(weight=weight):
-            loss_cls, loss_mmd = losses(where)
+            loss_cls, loss_mmd = slow_losses(visual, *batch, where)
             return loss_cls + weight * loss_mmd
 
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -306,18 +310,9 @@ def test_gradient_routing(purified_batch, where, mmd_grad):
         assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
-def test_mmd_loss_averages_over_pairs_and_features():
-    generator = torch.Generator().manual_seed(8)
-    features = [torch.randn(6, 5, generator=generator) for _ in range(2)]
-    expected = []
-    for feature in features:
-        one, two, three = F.normalize(feature, dim=-1).split(2)
-        for a, b in ((one, two), (one, three), (two, three)):
-            expected.append(common.mmd2(a, b).item())
-    found = headpurify.mmd_loss(features, sources=3).item()
-    assert found == pytest.approx(np.mean(expected), rel=1e-6)
+def test_mmd_needs_two_domains():
     with pytest.raises(common.InputError, match="two are needed"):
-        headpurify.mmd_loss(features, sources=1)
+        headpurify.mmd_loss([torch.ones(6, 5)], sources=1)
 
 
 STRATEGIES = {
@@ -337,222 +332,35 @@ def test_strategies(strategy):
     assert headpurify.trained_now(strategy, 4, 6, [], ["g"]) == ["g"]
 
 
-@pytest.mark.parametrize("heads, width", [(6, 96), (12, 768)])
-def test_matched_lora_has_as_many_parameters(heads, width):
-    mha = nn.MultiheadAttention(width, heads, batch_first=True)
-    counts = {}
-    for adapter, lora_rank in (("ha-lora", "same"), ("lora", "match"), ("lora", "double")):
-        row = SimpleNamespace(adapter=adapter, lora_rank=lora_rank, rank=2, last_rank=8)
-        count = 0
-        for rank in headpurify.lora_ranks(row, heads):
-            layer = HeadPurifiedAttention(mha, rank, adapter == "ha-lora")
-            count += sum(p.numel() for p in layer.lora_parameters())
-        counts[lora_rank] = count
-    assert counts["match"] == counts["same"]
-    assert counts["double"] == 2 * 2 * (2 + 8) * 2 * width < counts["match"]
+@pytest.mark.parametrize("model, tests", [("tiny", ["hold-out", "target"]), ("RN", ["hold-out"])])
+def test_validation_watches_the_target_only_with_the_tiny_clip(model, tests):
+    visual = tower("tiny")
+    images = common.ImageSet(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.zeros(3), ("a",))
+    task = common.Task(("a",), {}, {"hold-out": {"a": images}, "target": {"b": images}})
+    row = SimpleNamespace(model=model, precision="fp32", device="cpu", workers=0)
+    for training in (False, True):
+        visual.train(training)
+        assert list(headpurify.validate(visual, torch.eye(1, 64), task, row)) == tests
+        assert visual.training == training  # it goes on in the mode it was in
 
 
-# ---------- What heads do ------------------------------------------------------------------------
-def test_silenced_heads_and_their_importance():
-    """A silenced head is one whose gate is 0; importance by hand."""
-    visual = small_clip(heads=3, width=12, layers=2).visual
-    class_features = F.normalize(torch.randn(4, 32), dim=-1)
-    images, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 3, 0])
-
-    def loss(tower):
-        logits = 10 * F.normalize(tower(images), dim=-1) @ class_features.T
-        return F.cross_entropy(logits, labels).item()
-
-    found = heads.head_importance(visual, class_features, 10, images, labels)
-    for layer, head in np.ndindex(2, 3):
-        silenced, gated = copy.deepcopy(visual), copy.deepcopy(visual)
-        heads.silence(silenced, layer, head)
-        gates = torch.ones(3)
-        gates[head] = 0
-        purify(gated, 0, 0)[layer].gates = gates.clone
-        assert torch.allclose(silenced(images), gated(images), atol=1e-6)
-        expected = loss(gated) - loss(visual)
-        assert found[layer, head].item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_greedy_order_drops_what_is_best_to_drop_each_time():
-    """Beside a loop that drops every head left in turn, with gates of 0 as the drop."""
-    visual = small_clip(heads=3, width=12, layers=2).visual
-    torch.manual_seed(2)
-    class_features = F.normalize(torch.randn(4, 32), dim=-1)
-    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 4
-    found = heads.greedy_order(visual, 4, class_features, 10, images, labels).tolist()
-    dropped = []
-    for _ in range(4):
-        losses = {}
-        for place in set(range(6)) - set(dropped):
-            gated = copy.deepcopy(visual)
-            layers = purify(gated, 0, 0)
-            for layer in range(2):
-                gates = torch.ones(3)
-                for other in [*dropped, place]:
-                    if other // 3 == layer:
-                        gates[other % 3] = 0
-                layers[layer].gates = gates.clone
-            logits = 10 * F.normalize(gated(images), dim=-1) @ class_features.T
-            losses[place] = F.cross_entropy(logits, labels).item()
-        dropped.append(min(losses, key=losses.get))
-    assert found == dropped
-
-
-def test_cls_attention_is_softmax_of_query_and_key():
-    visual, images = small_clip(heads=3, width=12, layers=2).visual, torch.randn(2, 3, 32, 32)
-    seen = []
-    for block in visual.transformer.resblocks:
-        block.ln_1.register_forward_hook(lambda module, args, output: seen.append(output))
-    visual(images)
-    inputs = tuple(seen)  # of this pass alone
-    found = heads.cls_attention(visual, images)  # (layers, B, H, patches)
-    for layer, z in enumerate(inputs):
-        mha = visual.transformer.resblocks[layer].attn
-        qkv = F.linear(z, mha.in_proj_weight, mha.in_proj_bias)
-        q, k, _ = qkv.unflatten(-1, (3, 3, 4)).unbind(2)  # (B, N, H, d)
-        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) / 4**0.5
-        assert torch.allclose(found[layer], scores.softmax(-1)[..., 1:], atol=1e-6)
-
-
-# ---------- Commands -----------------------------------------------------------------------------
-def record_of(folder):
-    (path,) = folder.glob("runs/**/result.json")
-    return json.loads(path.read_text())
-
-
+# ---------- Class features -----------------------------------------------------------------------
 def test_learned_prompt_classifies(small_world):
     """CoOp fits the sources better than the template, and learns the same from the same seed."""
     clip = common.load_clip("tiny")
     domains = common.load_domains("tiny-pacs", seed=1001)
-    task = common.leave_one_out(domains, "sketch")
-    task = task.transformed(clip.preprocess, clip.preprocess)
-    row = SimpleNamespace(workers=0, batch_size=12, context=4, templates=["a {}."])
-    accuracy = {}
-    for row.prompt in ("templates", "coop"):
+    task = common.leave_one_out(domains, "sketch").transformed(clip)
+    row = SimpleNamespace(workers=0, batch_size=12, templates=["a {}."])
+    features, accuracies = [], []
+    for row.prompt in ("coop", "coop", "templates"):
         class_features = headpurify.prompt_features(clip, task, row, seed=0)
         assert class_features.shape == (7, 64)
         assert torch.allclose(class_features.norm(dim=-1), torch.ones(7))
-        again = headpurify.prompt_features(clip, task, row, seed=0)
-        assert torch.equal(class_features, again)
         classify = common.clip_classifier(clip.visual, class_features)
-        accuracy[row.prompt] = common.evaluate(classify, {"train": task.train})["train"]
-    assert accuracy["coop"] > accuracy["templates"] + 0.03
-
-
-def files(folder):
-    return {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-
-
-class Killed(BaseException):
-    """As from a signal."""
-
-
-@pytest.fixture
-def small_samples(monkeypatch):
-    """What heads are worth is looked up on a few images."""
-    sample = headpurify.source_sample
-    monkeypatch.setattr(headpurify, "source_sample", lambda *rest: sample(*rest[:-1], 2))
-
-
-@pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_bytes(
-    call_main, small_world, small_samples, tmp_path, monkeypatch
-):
-    """Killed after its second row and again inside the last: every file is that of a whole run."""
-    arguments = "--modes zero-shot lora ha-lora+dig --epochs 1 --batch-size 28 --figures --output"
-    call_main(headpurify.main, f"{arguments} whole")
-    train, add, save = headpurify.train, common.Run.add, np.savez
-
-    def kill_after_lora(run, row, measures):
-        add(run, row, measures)
-        if row == "lora":
-            raise Killed
-
-    def kill(*_, **numbers):
-        raise Killed
-
-    def no_lora(clip, class_features, task, row, *more):
-        assert row.name != "lora"
-        return train(clip, class_features, task, row, *more)
-
-    monkeypatch.setattr(common.Run, "add", kill_after_lora)
-    with pytest.raises(Killed):
-        call_main(headpurify.main, f"{arguments} parts")
-    monkeypatch.setattr(common.Run, "add", add)
-    monkeypatch.setattr(headpurify, "train", no_lora)
-    monkeypatch.setattr(np, "savez", kill)
-    with pytest.raises(Killed):
-        call_main(headpurify.main, f"{arguments} parts --resume")
-    monkeypatch.setattr(np, "savez", save)
-    call_main(headpurify.main, f"{arguments} parts --resume")
-
-    whole, parts = files(tmp_path / "whole"), files(tmp_path / "parts")
-    assert set(whole) == set(parts)
-    for name in whole:
-        assert whole[name].read_bytes() == parts[name].read_bytes(), name
-    names = {path.name for path in whole}
-    assert names >= {"gates.png", "analysis.npz", "result.json"}
-    (path,) = [path for name, path in whole.items() if name.name == "analysis.npz"]
-    numbers = np.load(path)
-    assert numbers["importance"].shape == numbers["gates"].shape == (6, 6)
-    assert numbers["attention CLIP"].shape[:3] == (6, 8, 6)
-
-
-def test_study_writes_tables_and_figures(call_main, small_world, tmp_path):
-    """Every row of a study goes through one training; what L_MMD reaches changes what is learnt."""
-    arguments = "--study mmd-target --epochs 1 --batch-size 14 --lr 0.03 --gate-lr 0.5"
-    out = call_main(headpurify.main, arguments)
-    rows = headpurify.STUDIES["mmd-target"]
-    record = record_of(tmp_path)
-    assert list(record["rows"]) == rows
-    stem = "headpurify-mmd-target-tiny-pacs"
-    written = {file.name for file in (tmp_path / "results").iterdir()}
-    assert written == {f"{stem}.json", f"{stem}.png", f"{stem}-interference.png"}
-    for row in rows[1:]:
-        targets = [found["target"] for found in record["extra"][row]["history"]]
-        assert record["rows"][row]["target, last"] == targets[-1]
-        assert record["rows"][row]["target, oracle"] == max(targets)
-    gates = {json.dumps(record["extra"][row]["gates"]) for row in rows[1:]}
-    assert len(gates) == len(rows) - 1
-    assert all(out.count(row) >= 2 for row in rows)
-
-    again = call_main(headpurify.main, arguments + " --resume")
-    assert "--resume: found" in again and "ms a step" not in again  # nothing was trained
-    table = out[out.index("tiny-pacs, 1 run") :]
-    assert table == again[again.index("tiny-pacs, 1 run") :]
-    error = call_main(headpurify.main, arguments + " --resume --alpha 3")
-    assert "other settings" in error and "alpha" in error
-
-
-@pytest.mark.slow
-def test_drop_heads(call_main, small_world, small_samples, tmp_path):
-    """Every order starts at the undisturbed model, and stops also where the hand stopped."""
-    out = call_main(headpurify.main, "--study drop-heads --epochs 1 --batch-size 40 --drop 6.2 1.1")
-    record = record_of(tmp_path)
-    drop = record["extra"]["drop"]
-    assert list(drop) == [
-        "random",
-        "by hand",
-        "ranked on sources",
-        "greedy on sources",
-        "gates on frozen CLIP",
-        "adapt and drop",
-    ]
-    assert drop["greedy on sources"]["dropped"] == [0, 2, 3, 7]
-    # both begin with the head whose loss the sources miss least
-    assert drop["ranked on sources"]["hold-out"][0] == drop["greedy on sources"]["hold-out"][0]
-    assert drop["by hand"]["dropped"] == [0, 2]
-    assert drop["random"]["dropped"] == [0, 2, 3, 7, 10, 14, 17, 20, 24, 27]
-    for test in ("hold-out", "target"):
-        table = out[out.index(f"{test}, %, heads dropped:") :].split("\n\n")[0]
-        lines = {line[:20].strip(): line[20:].split() for line in table.splitlines()}
-        assert lines["by hand"][2:] == ["-"] * 8
-        for order, row in (("random", "zero-shot"), ("adapt and drop", "ha-lora+dig")):
-            accuracies = drop[order][test]
-            assert accuracies[0] == pytest.approx(record["rows"][row][test])
-            assert lines[order] == [f"{100 * accuracy:.1f}" for accuracy in accuracies]
+        accuracies.append(common.evaluate(classify, {"train": task.train})["train"])
+        features.append(class_features)
+    assert torch.equal(features[0], features[1])
+    assert accuracies[0] > accuracies[2] + 0.03
 
 
 def test_class_features_from_a_file(call_main, small_world, tmp_path):
@@ -560,48 +368,50 @@ def test_class_features_from_a_file(call_main, small_world, tmp_path):
     classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
     class_features = common.load_clip("tiny").class_features(classes)
     np.save(tmp_path / "own.npy", 3 * class_features.numpy())
-    rows = "zero-shot/prompt=file zero-shot"
+    rows = "zero-shot zero-shot/prompt=templates zero-shot/prompt=ensemble"
     call_main(headpurify.main, f"--modes {rows} --class-features own.npy")
-    found = record_of(tmp_path)["rows"]
-    assert found["zero-shot/prompt=file"] == found["zero-shot"]
+    from_file, template, ensemble = record_of(tmp_path)["rows"].values()
+    assert from_file == template != ensemble
 
 
-def test_prompt_study_takes_a_file_where_one_is_given(call_main, monkeypatch):
-    rows = {}
-    for more in ("", " --class-features features.npy"):
-        arguments = f"headpurify.py --study prompts{more}"
-        monkeypatch.setattr("sys.argv", arguments.split())
-        rows[more] = list(headpurify.settings().rows)
-    without, given = rows.values()
-    assert given == ["zero-shot/prompt=file", "ha-lora+dig/prompt=file", *without]
-    assert len(without) == 6
+# ---------- A study ------------------------------------------------------------------------------
+def record_of(folder):
+    (path,) = folder.glob("runs/**/result.json")
+    return json.loads(path.read_text())
 
 
-def test_a_training_that_was_cut_off_goes_on_exactly(call_main, small_world, tmp_path, monkeypatch):
-    """In the middle of its second epoch: it goes on after the first, and ends with the same bytes.
+def test_study_writes_tables_and_figures(call_main, monkeypatch, tmp_path):
+    """Every row of a study goes through one training; what L_MMD reaches changes what is learnt."""
+    classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
+    monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (classes, 3, 2))
+    arguments = "--study mmd-target --epochs 2 --batch-size 8 --lr 0.01 --gate-lr 0.5"
+    out = call_main(headpurify.main, arguments)
+    rows = headpurify.STUDIES["mmd-target"]
+    record = record_of(tmp_path)
+    assert list(record["rows"]) == rows
+    stem = "headpurify-mmd-target-tiny-pacs"
+    written = {file.name for file in (tmp_path / "results").iterdir()}
+    assert written == {f"{stem}.json", f"{stem}.png", f"{stem}-interference.png"}
+    earlier = 0
+    for row in rows[1:]:
+        history = record["extra"][row]["history"]
+        targets = [point["target"] for point in history]
+        assert [point["step"] for point in history] == [2, 4]
+        assert record["rows"][row]["target, last"] == targets[-1]
+        assert record["rows"][row]["target, oracle"] == max(targets)
+        # the first evaluation that is best on the source hold-outs is kept, whatever the target's
+        best = max(history, key=lambda point: point["hold-out"])
+        earlier += best["target"] != targets[-1]
+        assert record["rows"][row]["hold-out"] == pytest.approx(best["hold-out"])
+        assert record["rows"][row]["target"] == pytest.approx(best["target"])
+    assert earlier
+    gates = {json.dumps(record["extra"][row]["gates"]) for row in rows[1:]}
+    assert len(gates) == len(rows) - 1
+    assert all(out.count(row) >= 2 for row in rows)
 
-    With other processes that read, and augmented files, see test_clipood.py.
-    """
-    line = "--modes zero-shot ha-lora+dig --epochs 3 --batch-size 7"
-    call_main(headpurify.main, f"{line} --output quiet")
-    own, calls = common.Steps.take, []
-
-    def power_cut(*args):
-        calls.append(args)
-        if len(calls) == 6:
-            raise common.InputError("power cut")
-        own(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(common.Steps, "take", power_cut)
-        assert "power cut" in call_main(headpurify.main, f"{line} --output cut")
-    calls.clear()
-    monkeypatch.setattr(common.Steps, "take", lambda *args: (calls.append(args), own(*args)))
-    call_main(headpurify.main, f"{line} --output cut --resume")
-    assert len(calls) == 8  # of 12 steps
-    (folder,) = (tmp_path / "quiet" / "headpurify").iterdir()
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    assert files
-    for file in files:
-        again = tmp_path / "cut" / "headpurify" / folder.name / file
-        assert again.read_bytes() == (folder / file).read_bytes(), file
+    again = call_main(headpurify.main, arguments + " --resume")
+    assert "--resume: found" in again and "parameters trained" not in again
+    table = out[out.index("tiny-pacs, 1 run") :]
+    assert table == again[again.index("tiny-pacs, 1 run") :]
+    error = call_main(headpurify.main, arguments + " --resume --alpha 3")
+    assert "other settings" in error and "alpha" in error
