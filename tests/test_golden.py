@@ -72,7 +72,3 @@ def test_numbers_are_those_of_before(case, small_world, call_main, tmp_path):
     assert set(record["rows"]) == set(case["rows"])
     compare(record["rows"], case["rows"], "rows", exact=True)
     compare(record["extra"], case["extra"], "extra", EXACT)
-    if "analysis" in case:  # what --figures writes
-        with np.load(results[0].with_name("analysis.npz")) as analysis:
-            numbers = {name: analysis[name].tolist() for name in analysis}
-        compare(numbers, case["analysis"], "analysis", EXACT)

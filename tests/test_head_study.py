@@ -1,16 +1,16 @@
-"""What heads carry, against PyTorch's own attention, hooks, slow loops and planted answers."""
+"""Single heads, against PyTorch's own attention, hooks, slow loops and planted answers."""
 
 import copy
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import headpurify
-from support import head_study, heads
+from notebooks import head_study
 
 
 @pytest.fixture
@@ -19,45 +19,61 @@ def visual():
 
 
 @pytest.fixture
+def two_layers(visual):
+    visual.transformer.resblocks = visual.transformer.resblocks[:2]
+    return visual
+
+
+@pytest.fixture
 def images():
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+# ---------- One head -----------------------------------------------------------------------------
 def test_contributions_of_all_heads_are_what_attention_adds(visual, images):
     """At the CLS token, and averaged over tokens: with the bias, nn.MultiheadAttention's output."""
     outputs = head_study.head_outputs(visual, images)
     assert outputs.shape == (5, 6, 6, 2, 16)
-    for layer, (attention, z) in enumerate(heads.attention_inputs(visual, images)):
+    for layer, (attention, z) in enumerate(head_study.attention_inputs(visual, images)):
         expected, _ = attention(z, z, z)  # (B, N, D)
         total = attention.out_proj.bias
         for head in range(6):
-            own = outputs[:, layer, head]  # (B, 2, d)
-            total = total + heads.contribution(visual, layer, head, own)
+            total = total + head_study.contribution(visual, layer, head, outputs[:, layer, head])
         assert torch.allclose(total[:, 0], expected[:, 0], atol=1e-5)
         assert torch.allclose(total[:, 1], expected.mean(1), atol=1e-5)
 
 
+def test_cls_attention_is_softmax_of_query_and_key(visual, images):
+    inputs = head_study.attention_inputs(visual, images)
+    maps = head_study.cls_attention(visual, images)  # (layers, B, H, patches)
+    for layer, (mha, z) in enumerate(inputs):
+        qkv = F.linear(z, mha.in_proj_weight, mha.in_proj_bias)
+        q, k, _ = qkv.unflatten(-1, (3, 6, 16)).unbind(2)  # (B, N, H, d)
+        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) / 16**0.5
+        assert torch.allclose(maps[layer], scores.softmax(-1)[..., 1:], atol=1e-5)
+
+
 def hooked_tower(visual, layer, head, mean):
-    """A copy in which a hook overwrites what a head says."""
+    """A copy in which a hook overwrites the output of a head."""
     hooked, d = copy.deepcopy(visual), len(mean)
-    (own,) = headpurify.purify(hooked, 0, 0, gated=False)[layer : layer + 1]
+    attention = headpurify.purify(hooked, 0, 0, gated=False)[layer]
 
     def overwrite(module, arguments):
         tokens = arguments[0].clone()  # (B, N, D), heads side by side
         tokens[..., head * d : (head + 1) * d] = mean
         return (tokens,)
 
-    own.mha.out_proj.register_forward_pre_hook(overwrite)
+    attention.mha.out_proj.register_forward_pre_hook(overwrite)
     return hooked
 
 
-def test_an_ablated_head_says_the_same_whatever_it_sees(visual, images):
-    """As a hook does that overwrites its output; afterwards the tower is, to the bit, as before."""
+def test_an_ablated_head_has_the_same_output_for_every_image(visual, images):
+    """As a hook does that overwrites it; afterwards the tower is, to the bit, as before."""
     mean = torch.randn(16, generator=torch.Generator().manual_seed(1))
     before = visual(images)
-    for says in (mean, torch.zeros(16), None):
-        hooked = hooked_tower(visual, 3, 2, torch.zeros(16) if says is None else says)
-        with pytest.raises(KeyError), heads.ablated(visual, 3, 2, says):
+    for output in (mean, torch.zeros(16), None):
+        hooked = hooked_tower(visual, 3, 2, torch.zeros(16) if output is None else output)
+        with pytest.raises(KeyError), head_study.ablated(visual, 3, 2, output):
             ablated = visual(images)
             raise KeyError
         assert torch.allclose(ablated, hooked(images), atol=1e-5)
@@ -65,28 +81,63 @@ def test_an_ablated_head_says_the_same_whatever_it_sees(visual, images):
         assert torch.equal(visual(images), before)
 
 
-def test_gains_are_those_of_towers_with_a_head_less(visual, small_world):
+def test_predictions_are_those_of_towers_with_a_head_less(visual, small_world):
     """Three heads of different layers, each in a copy of its own, tested as any tower is."""
     domain = common.load_domains("tiny-pacs", seed=1000)[0].balanced
     clip = common.load_clip("tiny")
-    pixels = domain.transformed(clip.preprocess)
+    pixels = domain.transformed(clip.preprocess).subset(range(0, 28, 2))
     class_features = clip.class_features(pixels.classes)
     mean = torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1))
-    classify = common.clip_classifier(visual, class_features)
-    answers = head_study.answers_without_each(visual, mean, classify)
-    right = common.outputs(answers, pixels) == pixels.labels[:, None]
-    found = head_study.gains(right, (6, 6))
 
-    def accuracy(tower):
-        tests = {"target": {"any": pixels}}
-        return common.evaluate(common.clip_classifier(tower, class_features), tests)["target"]
+    def classifier(tower):
+        return common.clip_classifier(tower, class_features)
 
+    predict = head_study.predictions_without_each(visual, mean, classifier(visual))
+    predictions = common.outputs(predict, pixels)  # (N, 1 + 36)
+    assert torch.equal(predictions[:, 0], common.outputs(classifier(visual), pixels).argmax(1))
     for layer, head in ((0, 5), (3, 2), (5, 0)):
         without = hooked_tower(visual, layer, head, mean[layer, head])
-        assert found[layer][head] == pytest.approx(accuracy(without) - accuracy(visual))
-    assert np.count_nonzero(found) > 10
+        expected = common.outputs(classifier(without), pixels).argmax(1)
+        assert torch.equal(predictions[:, 1 + 6 * layer + head], expected)
+    assert (predictions != predictions[:, :1]).any(0).sum() > 10
 
 
+# ---------- Importance, and orders in which heads are dropped ------------------------------------
+def loss_with_gates(visual, off, class_features, scale, images, labels):
+    """Cross-entropy of a copy whose gates of some heads [(layer, head)] are 0."""
+    gated = copy.deepcopy(visual)
+    layers = headpurify.purify(gated, 0, 0)
+    gates = torch.ones(len(layers), 6)
+    for layer, head in off:
+        gates[layer, head] = 0
+    for layer, row in zip(layers, gates):
+        layer.gates = row.clone
+    logits = scale * F.normalize(gated(images), dim=-1) @ class_features.T
+    return F.cross_entropy(logits, labels).item()
+
+
+def test_importance_and_greedy_order_are_those_of_a_loop_over_gates(two_layers, images):
+    """A head that is taken out is one whose gate is 0."""
+    class_features = F.normalize(torch.randn(4, 64), dim=-1)
+    sample = class_features, 10, images, torch.tensor([0, 1, 2, 3, 0])
+    importance = head_study.head_importance(two_layers, *sample)
+    before = loss_with_gates(two_layers, [], *sample)
+    for layer, head in np.ndindex(2, 6):
+        expected = loss_with_gates(two_layers, [(layer, head)], *sample) - before
+        assert importance[layer, head].item() == pytest.approx(expected, abs=1e-5)
+    dropped = []
+    for _ in range(3):
+        losses = {}
+        for head in set(np.ndindex(2, 6)) - set(dropped):
+            losses[head] = loss_with_gates(two_layers, [*dropped, head], *sample)
+        dropped.append(min(losses, key=losses.get))
+    order = head_study.greedy_order(two_layers, 3, *sample).tolist()
+    assert order == [layer * 6 + head for layer, head in dropped]
+    names = [f"{layer + 1}.{head + 1}" for layer, head in dropped]
+    assert head_study.head_indices(two_layers, names) == order
+
+
+# ---------- Probes and rank correlation ----------------------------------------------------------
 def test_probe_is_least_squares_on_the_fitted_half():
     """With rows for the ridge below the data: numpy's own solver finds the same answers."""
     rng = np.random.default_rng(0)
@@ -99,10 +150,10 @@ def test_probe_is_least_squares_on_the_fitted_half():
     rows = np.vstack([scaled[fitted], ridge])
     wanted = np.vstack([np.eye(4)[y[fitted]], np.zeros((6, 4))])
     solution, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
-    right = (scaled[~fitted] @ solution).argmax(1) == y[~fitted]
-    given = torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(fitted)
-    assert head_study.probe_accuracy(*given) == pytest.approx(right.mean())
-    assert 0.4 < right.mean() < 0.9
+    correct = (scaled[~fitted] @ solution).argmax(1) == y[~fitted]
+    arguments = torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(fitted)
+    assert head_study.probe_accuracy(*arguments) == pytest.approx(correct.mean())
+    assert 0.4 < correct.mean() < 0.9
 
 
 def test_probe_finds_what_is_there_and_nothing_else():
@@ -125,13 +176,7 @@ def test_rank_correlation_by_its_definition():
     assert head_study.rank_correlation(np.exp(a), b.reshape(4, 5)) == pytest.approx(expected)
     assert head_study.rank_correlation(a, -(a**3)) == pytest.approx(-1)
     assert head_study.rank_correlation(a, np.ones(20)) == 0
-    values = [3, 1, 3, 7]
-    slow = []
-    for value in values:  # the mean of all places that it could take
-        below = sum(other < value for other in values)
-        equal = sum(other == value for other in values)
-        slow.append(np.mean(range(below + 1, below + equal + 1)))
-    assert head_study.ranks(values).tolist() == slow == [2.5, 1, 2.5, 4]
+    assert head_study.ranks([3, 1, 3, 7]).tolist() == [2.5, 1, 2.5, 4]
 
 
 def test_a_planted_head_is_found(visual):
@@ -142,52 +187,96 @@ def test_a_planted_head_is_found(visual):
         noise = torch.randint(0, 40, (60, 3, 32, 32), generator=generator)
         pixels = (brightness + noise).to(torch.uint8)
         domains[name] = common.ImageSet(pixels, torch.arange(60) % 2, classes)
-    found, mean = head_study.what_heads_carry(
-        visual,
-        domains,
-        seed=0,
-        outputs=common.outputs,
-        distance=lambda x, sources: common.mmd2(*x.chunk(sources)).item(),
-    )
+    measures, mean = head_study.what_heads_carry(visual, domains, seed=0)
     assert mean.shape == (6, 6, 16)
-    assert list(found) == ["probe class", "probe domain", "MMD"]  # real data say no more
-    assert np.max(found["probe domain"]) == 1
-    assert np.mean(found["probe class"]) < 0.65  # labels go with nothing
-    assert np.max(found["MMD"]) > 0.9  # at most sqrt(2)
+    assert list(measures) == ["probe class", "probe domain", "MMD"]  # real data have no attributes
+    assert np.max(measures["probe domain"]) == 1
+    assert np.mean(measures["probe class"]) < 0.65  # labels go with nothing
+    assert np.max(measures["MMD"]) > 0.9  # at most sqrt(2)
 
 
-def test_clip_stays_as_it_was(visual):
-    """It is asked for accuracies between its heads', and goes on being tested after them."""
-    classes, *_ = common.TINY_BENCHMARKS["tiny-pacs"]
-    images = common.ImageSet(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.zeros(3), classes)
-    task = common.Task(classes, {}, {"hold-out": {"a": images}, "target": {"b": images}})
-    row = SimpleNamespace(precision="fp32", device="cpu", workers=0)
-    for training in (False, True):
-        visual.train(training)
-        headpurify.validate(visual, torch.eye(7, 64), task, row)
-        assert visual.training == training
+# ---------- The command --------------------------------------------------------------------------
+@pytest.fixture
+def small_samples(monkeypatch):
+    """Importance is measured on a few images."""
+    sample = head_study.source_sample
+    monkeypatch.setattr(head_study, "source_sample", lambda *rest: sample(*rest[:-1], 2))
 
 
-def test_study_heads(call_main, small_world, tmp_path):
-    """A picture of every measure, their correlations, and numbers that can be had in other ways."""
-    out = call_main(headpurify.main, "--study heads --epochs 1 --batch-size 28")
-    (path,) = tmp_path.glob("runs/**/result.json")
-    record = json.loads(path.read_text())
-    found = record["extra"]["heads"]
-    probes = [f"probe {what}" for what in ("class", "domain", "background", "color")]
+def record_of(folder):
+    (path,) = folder.glob("head_study/*/result.json")
+    return json.loads(path.read_text())
+
+
+def test_probes_and_an_exported_tower(call_main, small_world, small_samples, tmp_path):
+    """Probes of a trained tower; then attention of the tower that this run exported."""
+    flags = "--only probes --epochs 1 --batch-size 28 --target photo --summary heads.json"
+    out = call_main(head_study.main, flags)
+    record = record_of(tmp_path / "runs")
+    carried = record["extra"]["heads"]
+    probes = [f"probe {name}" for name in ("class", "domain", "background", "color")]
     tests = ["without it, hold-out", "without it, target"]
-    assert list(found) == [*probes, "MMD", *tests, "gate"]
-    assert all(np.shape(values) == (6, 6) for values in found.values())
-    assert found["gate"] == record["extra"]["ha-lora+dig"]["gates"]
-    low, high = np.min(found["gate"]), np.max(found["gate"])
-    assert f"gates from {low:.2f} to {high:.2f}" in out
+    assert list(carried) == [*probes, "MMD", *tests, "gate"]
+    assert all(np.shape(values) == (6, 6) for values in carried.values())
+    assert carried["gate"] == record["extra"]["ha-lora+dig"]["gates"]
     images = 7 * 4  # a gain is a number of images of the target
-    counts = np.array(found["without it, target"]) * images
+    counts = np.array(carried["without it, target"]) * images
     assert np.allclose(counts, counts.round(), atol=1e-6) and np.abs(counts).max() >= 1
+    table = out[out.index("rank correlation over heads") :].split("\n\n")[0].splitlines()
     rows = head_study.correlations(record)
-    table = out[out.index("rank correlation over heads") :].splitlines()
-    cells = [f"{value:+.2f}" for value in rows["gate"].values()]
-    assert table[-2].split()[1:] == cells and cells[-1] == "+1.00"
-    stem = "headpurify-heads-tiny-pacs"
-    written = {file.name for file in (tmp_path / "results").iterdir()}
-    assert {f"{stem}-carry.png", f"{stem}-correlation.png", f"{stem}.json"} <= written
+    line = next(line for line in table if line.startswith("gate"))
+    assert line.split()[1:] == [f"{value:+.2f}" for value in rows["gate"].values()]
+    for name in ("heads.json", "heads-carry.png", "heads-correlation.png"):
+        assert (tmp_path / name).is_file()
+
+    (model,) = tmp_path.glob("runs/head_study/*/model")
+    flags = "--only attention --output again --model local-dir:"
+    out = call_main(head_study.main, f"{flags}{model}")
+    assert "trained" not in out
+    again = record_of(tmp_path / "again")
+    assert again["target"] == "photo" and again["rows"] == record["rows"]
+    assert again["extra"]["ha-lora+dig"] == record["extra"]["ha-lora+dig"]
+    attention = again["extra"]["attention"]
+    assert np.shape(attention["importance"]) == np.shape(attention["importance CLIP"]) == (6, 6)
+    assert np.shape(attention["last layer, CLIP"]) == (6, 8, 8)
+    for name in ("attention.png", "importance.png"):
+        assert len(list(tmp_path.glob(f"again/head_study/*/{name}"))) == 1
+
+
+@pytest.mark.slow
+def test_dropped_heads(call_main, small_world, small_samples, tmp_path):
+    """Every order starts at the undisturbed model, and stops also where the hand stopped."""
+    flags = "--only curves --epochs 1 --batch-size 40 --drop 6.2 1.1 --summary drop.json"
+    out = call_main(head_study.main, flags)
+    record = record_of(tmp_path / "runs")
+    drop = record["extra"]["drop"]
+    chosen = ["ranked on sources", "greedy on sources", "gates on frozen CLIP"]
+    assert list(drop) == ["random", "by hand", *chosen, "adapt and drop"]
+    assert drop["greedy on sources"]["dropped"] == [0, 2, 3, 7]
+    assert drop["by hand"]["dropped"] == [0, 2]
+    assert drop["random"]["dropped"] == [0, 2, 3, 7, 10, 14, 17, 20, 24, 27]
+    for test in ("hold-out", "target"):
+        table = out[out.index(f"{test}, %, heads dropped:") :].split("\n\n")[0]
+        lines = {line[:20].strip(): line[20:].split() for line in table.splitlines()}
+        assert lines["by hand"][2:] == ["-"] * 8
+        for order, row in (("random", "zero-shot"), ("adapt and drop", "ha-lora+dig")):
+            accuracies = drop[order][test]
+            assert accuracies[0] == pytest.approx(record["rows"][row][test])
+            assert lines[order] == [f"{100 * accuracy:.1f}" for accuracy in accuracies]
+    assert (tmp_path / "drop-curves.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--drop 7.2", "--drop 7.2: heads are 1.1 ... 6.6"),
+        ("--drop two", "--drop two"),
+        ("--modes lora", "the last row needs gates"),
+        ("--only heads", "--only"),
+        ("--epoch 3", "--epoch"),
+    ],
+)
+def test_wrong_flags_are_one_line(call_main, flags, words):
+    error = call_main(head_study.main, flags)
+    assert error.startswith("error: ") and words in error
+    assert error.count("\n") == 1

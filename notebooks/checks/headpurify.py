@@ -10,9 +10,15 @@ import copy
 import torch
 
 import common
-import headpurify
 from notebooks.classroom import Wrong, ask, exercise, expect
-from support.heads import head_grid, head_importance, head_places, output_rows, silence
+from notebooks.head_study import (
+    head_grid,
+    head_importance,
+    head_indices,
+    output_rows,
+    silence,
+    source_sample,
+)
 
 DROPPED = 4  # heads, in exercise 3
 DRAWS = 6  # of as many heads at random
@@ -94,7 +100,7 @@ def places_of(names, visual) -> list[int]:
         raise Wrong(f'Heads are named "LAYER.HEAD", from "1.1" on. This is {names!r}.')
     names = list(names)
     try:
-        places = head_places(visual, names)
+        places = head_indices(visual, names)
     except common.InputError as error:
         hint = "Layers and heads are counted from 1 in names, and from 0 in `silence`."
         raise Wrong(f"{str(error).replace('--drop ', 'There is no ')}. {hint}") from None
@@ -106,7 +112,7 @@ def places_of(names, visual) -> list[int]:
 def dropped(clip, class_features, task):
     """A check of answers to exercise 3: (visual, sample) -> names of four heads to drop. It says
     how often CLIP is right on the target without them."""
-    sample = headpurify.source_sample(clip, class_features, task, seed=0, per_source=64)
+    sample = source_sample(clip, class_features, task, seed=0, per_source=64)
 
     def reached(places) -> float:
         """Target accuracy without some heads, %."""
@@ -228,7 +234,7 @@ check.merged(my_merge)
         (
             """
 def my_heads(visual, sample):
-    return heads.head_importance(visual, *sample).flatten().argsort()[:4].tolist()
+    return head_study.head_importance(visual, *sample).flatten().argsort()[:4].tolist()
 
 check.dropped(clip, class_features, task)(my_heads)
 """,
@@ -238,9 +244,9 @@ check.dropped(clip, class_features, task)(my_heads)
             """
 def my_heads(visual, sample):
     losses = {}
-    for layer, head in np.ndindex(heads.head_grid(visual)):
-        heads.silence(visual, layer, head)
-        losses[f"{layer + 1}.{head + 1}"] = heads.loss_of(visual, *sample)
+    for layer, head in np.ndindex(head_study.head_grid(visual)):
+        head_study.silence(visual, layer, head)
+        losses[f"{layer + 1}.{head + 1}"] = head_study.loss_of(visual, *sample)
     return sorted(losses, key=losses.get)[:4]
 
 check.dropped(clip, class_features, task)(my_heads)
