@@ -552,9 +552,7 @@ def parsers() -> tuple:
     whole, number, positive = runs.at_least(1), runs.at_least(0, float), runs.positive
     table = "(default: see above)"
     flag("lambda", number, None, f"weight of L_IG in DIV {table}")
-    flag(
-        "normalize", ("token", "none"), None, f"cosines (authors' code) or as in the poster {table}"
-    )
+    flag("normalize", ("token", "none"), None, f"cosines (authors' code); none: poster {table}")
     flag("reduce", ("mean", "sum"), "mean", "over pairs: sum / H^2 (authors' code) or sum")
     flag("select-by", ("accuracy", "worst-group"), "accuracy", "of OOD validation images")
     flag("batch-size", whole, None, f"images in a step {table}")
