@@ -467,8 +467,7 @@ def train_network(name: str, row, sets: dict, run, seed: int) -> tuple:
     history = train(model, sets, row, seed)
     after = head_cosine(model, images)
     print(f"{name}: |cosine| of input gradients {before:.3f}, trained {after:.3f}")
-    weights = model.state_dict()
-    runs.write_file(run.folder / f"{common.slug(name)}.pt", lambda file: torch.save(weights, file))
+    runs.write_tensors(run.folder / f"{common.slug(name)}.pt", model.state_dict())
     heads, collected = {}, {}
     for part in ("val_ood", "test_id", "test_ood"):
         same = id(sets[part].images)  # Waterbirds has one test set, see `common.load_id_and_ood`

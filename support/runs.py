@@ -8,6 +8,7 @@ in [0, 1]}}, "extra"}.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -239,10 +240,21 @@ def write_json(path, value) -> None:
     write_file(path, lambda partial: partial.write_text(text))
 
 
+def write_tensors(path, value) -> None:
+    """`torch.save`, into an open file: it would put the name of its file into what it writes."""
+
+    def save(partial):
+        with open(partial, "wb") as file:
+            torch.save(value, file)
+
+    write_file(path, save)
+
+
 def remove(path: Path) -> None:
     """Remove a file if it is there. Only rank 0 does."""
-    if rank() == 0 and path.is_file():
-        path.unlink()
+    if rank() == 0:
+        with contextlib.suppress(OSError):  # another process may have removed it
+            path.unlink()
 
 
 # ---------- A run --------------------------------------------------------------------------------
@@ -301,7 +313,7 @@ class Run:
         """Replace the checkpoint. state: tensors and numbers from which training continues."""
         self.state = state
         checkpoint = {"settings": self.settings, "record": self.record, "state": state}
-        write_file(self.checkpoint, lambda path: torch.save(checkpoint, path))
+        write_tensors(self.checkpoint, checkpoint)
 
     def finish(self) -> None:
         """Write result.json, after which the checkpoint is not needed any more."""
