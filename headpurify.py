@@ -262,7 +262,8 @@ def train(clip, class_features, task, row, seed: int, run=None) -> tuple[nn.Modu
         scaler.update()
         schedule.step()
         if step % (row.eval_every * steps_per_epoch) == 0 or step == steps:
-            runs.check_finite(loss_cls + loss_mmd, f"{row.name}, step {step}", row.lr)
+            lr = optimizer.param_groups[0]["initial_lr"]
+            runs.check_finite(loss_cls + loss_mmd, f"{row.name}, step {step}", lr)
             accuracies = validate(visual, class_features, task, row)
             remember(state, step, loss_cls, loss_mmd, accuracies, parameters)
             if run:

@@ -580,7 +580,6 @@ def parsers() -> tuple:
 
 def preset(args) -> dict:
     """Defaults that depend on the data set."""
-    common.check_name(args.dataset, list(DEFAULTS))
     return {**DEFAULTS[args.dataset], "cue": 0.95}
 
 

@@ -57,6 +57,18 @@ def positive(text: str) -> float:
     return value
 
 
+def data_set(names: list[str]) -> Callable:
+    """The type of a flag: one of these data sets, or folder:PATH where they have domains."""
+
+    def read(text: str) -> str:
+        if text in names or ("pacs" in names and text.startswith("folder:")):
+            return text
+        hint = f"{did_you_mean(text, names)} Choose from {', '.join(names)}."
+        raise argparse.ArgumentTypeError(f"unknown data set {text!r}{hint}")
+
+    return read
+
+
 ONE_PLACE = "{} once, where the name goes, and no other brace"
 
 
@@ -110,7 +122,7 @@ def command_parser(script: str, doc: str, method: Parser, datasets, rows, modes,
     parser.set_defaults(script=script)
     data = parser.add_argument_group("rows and data")
     names = ", ".join(datasets) + " or folder:PATH" * ("pacs" in datasets)
-    flag(data, "dataset", str, datasets[0], names)
+    flag(data, "dataset", data_set(datasets), datasets[0], names)
     compared = data.add_mutually_exclusive_group()
     text = f"rows of the table: {', '.join(rows)}; each may have settings of its own, as in "
     text += f"{modes[-1]}/lr=1e-3; the last one is exported (default: {' '.join(modes)})"
@@ -200,7 +212,7 @@ def pick_device(name: str, precision: str) -> tuple[torch.device, str]:
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
-        torch.zeros((), device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         hint = "use auto, cpu, cuda, cuda:1 or mps"
         raise InputError(f"--device {name!r} cannot be used ({reason(error)}); {hint}") from None
