@@ -284,6 +284,13 @@ class Task:
     train: dict[str, ImageSet]  # by source domain
     tests: dict[str, dict[str, ImageSet]]  # by test, then by domain; "hold-out" may choose a model
 
+    def __post_init__(self):
+        for test, sets in self.tests.items():
+            for name, images in sets.items():
+                if not len(images):
+                    few = "there are too few to split them"
+                    raise InputError(f"no image of {name!r} is left for the test {test!r}: {few}")
+
     def transformed(self, clip: Clip) -> Task:
         """With CLIP's transforms. Drawn images are not augmented: they show so many poses."""
         train, tests = {}, {}
@@ -360,9 +367,6 @@ def leave_one_out(domains: list[Domain], target: str) -> Task:
             tested[name] = domain.balanced or domain.images
             continue
         holdout[name], train[name] = hold_out(domain.images, index)
-        if not len(holdout[name]):
-            few = f"only {len(domain.images)} images: too few to hold 20 % out"
-            raise InputError(f"domain {name!r} has {few}")
         if domain.balanced:
             source[name] = domain.balanced
     tests = {"hold-out": holdout, "source": source, "target": tested}

@@ -453,7 +453,8 @@ def load_tasks(args, seed):
     for text in args.targets or ["all"]:
         targets += common.choose_targets(text, names)
     tasks = {}
-    for source in common.choose_targets(args.source, names, "source"):
+    sources = names[:1] if args.dataset in captions.WATERBIRDS else names
+    for source in common.choose_targets(args.source, sources, "source"):
         if args.targets and args.source != "all" and source in targets:
             raise common.InputError(f"--targets names {source!r}, the source: its images are known")
         others = [domain for domain in domains if domain.name in targets and domain.name != source]

@@ -144,8 +144,8 @@ def read_captions(file, images, root) -> list[str]:
     """
     try:
         by_path = json.loads(Path(file).read_text())
-        return [by_path[Path(image).relative_to(root).as_posix()] for image in images]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return [by_path[Path(image).relative_to(root).as_posix()].strip() for image in images]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         needed = f"no JSON {{path below {root}: caption}} of all images"
         raise InputError(f"--caption-file {file}: {needed} ({error!r})") from None
 

@@ -275,7 +275,7 @@ def read_class_features(path, clip, class_names) -> torch.Tensor:
             wrong = "a row of it is 0"
     except OSError as error:
         wrong = error.strerror or str(error)
-    except (ValueError, TypeError, EOFError):  # NumPy's own message advises to load a pickle
+    except Exception:  # NumPy's own messages advise to load a pickle
         wrong = "no array of numbers"
     if wrong:
         raise InputError(f"--class-features {path}: {wrong}; {needed}")
