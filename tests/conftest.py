@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,31 +77,35 @@ def small_world(monkeypatch):
     monkeypatch.setitem(common.TINY_BENCHMARKS, "tiny-pacs", (classes, 5, 4))
 
 
-class Settled(Exception):
-    """Stops a script's `main` where its settings are complete."""
+class Code:
+    """What a pickle may do to whoever loads it."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+@pytest.fixture
+def wrong_files(tmp_path, monkeypatch):
+    """Files that are something else than the tensors asked for, in the folder of `call_main`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("hello, this is no checkpoint\n")
+    (tmp_path / "nothing").touch()
+    (tmp_path / "code").write_bytes(pickle.dumps(Code(), protocol=2))
+    torch.save({"weight": Code()}, tmp_path / "zipped")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other")
+    return tmp_path
 
 
 @pytest.fixture
 def settings_of(monkeypatch):
-    """The settings that a command runs with, without running it."""
-    from support.command import command_lines
-
-    import common
-
-    settle = common.settle
-
-    def stop(args, preset=None):
-        raise Settled(settle(args, preset))
+    """The settings that a command runs with, without running it; those of its rows are `.rows`."""
 
     def read(command):
         script, *arguments = shlex.split(command)[1:]
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(common, "settle", stop)
-        for own in command_lines(arguments).values():  # one for each data set
-            monkeypatch.setattr(sys, "argv", [script, *own])
-            with pytest.raises(Settled) as stopped:
-                importlib.import_module(script.removesuffix(".py")).main()
-        return stopped.value.args[0]
+        args, rows = importlib.import_module(script.removesuffix(".py")).settings(arguments)
+        args.rows = rows
+        return args
 
     return read
 

@@ -1,28 +1,25 @@
 """Two processes are as one: `torchrun --nproc_per_node=2` on CPUs, beside `python`."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from conftest import ROOT, call
 from safetensors.torch import load_file
 
-LINES = {
-    "clipood": "--modes zero-shot mms+bma --epochs 1 --steps-per-epoch 5 --batch-size 12",
-    # five steps, all of them along both losses
-    "headpurify": "--modes zero-shot ha-lora+dig --epochs 1 --batch-size 178 --gate-lr 0.05",
-}
+STEPS = {"clipood": "--steps-per-epoch 3", "headpurify": "--gate-lr 0.05"}
+ROW = {"clipood": "mms+bma", "headpurify": "ha-lora+dig"}
 
 
-def start(processes, line, cwd):
-    """A command in one process or in several."""
-    launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"
-    return call(f"{launcher if processes > 1 else ''} {line}", cwd, OMP_NUM_THREADS="1")
+def start(ranks, script, arguments, cwd, **environment):
+    """A script on few images, in one process or in several."""
+    launcher = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}" * (ranks > 1)
+    line = f"{launcher} {ROOT / 'tests' / 'in_small_world.py'} {script} {arguments}"
+    return call(line, cwd, OMP_NUM_THREADS="1", **environment)
 
 
 def trained(done, cwd):
-    """The record and the exported weights of a command that is done."""
+    """What a command printed, its record and the weights that it exported."""
     assert done.returncode == 0, done.stderr
     (result,) = (cwd / "runs").rglob("result.json")
     weights = load_file(result.parent / "model" / "open_clip_model.safetensors")
@@ -38,43 +35,53 @@ def assert_equal(weights, expected):
         assert apart.max() < 5e-5, name  # weights move by up to 2e-3
 
 
+@pytest.fixture(params=STEPS)
+def line(request):
+    """A script and its arguments: six steps, all of them along all losses."""
+    script = request.param
+    return script, f"--modes zero-shot {ROW[script]} --epochs 2 --batch-size 12 {STEPS[script]}"
+
+
+@pytest.fixture
+def by_one(line, tmp_path):
+    """What one process makes of it."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    return trained(start(1, *line, folder), folder)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", LINES)
-def test_two_processes_are_as_one(checkout, script):
+def test_two_ranks_are_as_one(line, by_one, tmp_path):
     """The same accuracies and weights."""
-    line = f"{script}.py {LINES[script]}"
-    printed, one, weights = trained(start(1, line, checkout), checkout)
-    shutil.rmtree(checkout / "runs")
-    printed_by_two, two, weights_of_two = trained(start(2, line, checkout), checkout)
+    printed, record, weights = by_one
+    printed_by_two, record_of_two, weights_of_two = trained(start(2, *line, tmp_path), tmp_path)
     assert_equal(weights_of_two, weights)
-    assert two["rows"]["zero-shot"] == one["rows"]["zero-shot"]
-    *_, last = one["rows"]
-    for measure, accuracy in one["rows"][last].items():
-        assert two["rows"][last][measure] == pytest.approx(accuracy, abs=2e-3)
-    assert printed_by_two.count("Best ") == printed.count("Best ") == 1  # one process speaks
+    assert record_of_two["rows"]["zero-shot"] == record["rows"]["zero-shot"]
+    *_, last = record["rows"]
+    for measure, accuracy in record["rows"][last].items():
+        assert record_of_two["rows"][last][measure] == pytest.approx(accuracy, abs=2e-3)
+    assert printed_by_two.count("Best ") == printed.count("Best ") == 1  # one rank speaks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, before, after", [("clipood", 2, 1), ("headpurify", 1, 2)])
-def test_a_run_goes_on_in_more_or_fewer_processes(checkout, script, before, after):
-    """Stopped by SIGTERM at the third of five steps, where the first process writes."""
-    shutil.copy(ROOT / "tests" / "cut.py", checkout)
-    *_, expected = trained(start(1, f"{script}.py {LINES[script]}", checkout), checkout)
-    shutil.rmtree(checkout / "runs")
-    stopped = start(before, f"cut.py {script} 3 {LINES[script]}", checkout)
-    assert "stopped by SIGTERM; kept in" in stopped.stderr, stopped.stderr
-    (checkpoint,) = (checkout / "runs").rglob("checkpoint.pt")
+@pytest.mark.parametrize(
+    "line, before, after", [("clipood", 2, 1), ("headpurify", 1, 2)], indirect=["line"]
+)
+def test_a_run_goes_on_with_more_or_fewer_ranks(line, by_one, before, after, tmp_path):
+    """Rank 0 is killed after the checkpoint of the first of two epochs."""
+    killed = start(before, *line, tmp_path, KILLED_AT_FIRST_CHECKPOINT="1")
+    assert killed.returncode
+    (checkpoint,) = (tmp_path / "runs").rglob("checkpoint.pt")
     (state,) = torch.load(checkpoint, weights_only=True)["state"].values()
-    assert state["step"] == 3
-    done = start(after, f"{script}.py {LINES[script]} --resume", checkout)
-    printed, _, weights = trained(done, checkout)
+    assert state.get("epoch") == 1 or state["step"] == 3
+    script, arguments = line
+    done = start(after, script, f"{arguments} --resume", tmp_path)
+    printed, record, weights = trained(done, tmp_path)
     assert "--resume: found" in printed
-    assert_equal(weights, expected)
+    assert_equal(weights, by_one[2])
 
 
 @pytest.mark.slow
-def test_what_cannot_be_shared_is_refused(checkout):
-    odd = start(2, "clipood.py --batch-size 7", checkout)
-    assert "--batch-size 7 per source domain cannot be shared by 2 processes" in odd.stderr
-    ldfs = start(2, "ldfs.py", checkout)
-    assert "ldfs.py runs in one process" in ldfs.stderr
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    done = start(2, "clipood", "--batch-size 7", tmp_path)
+    assert "--batch-size 7 per source domain cannot be shared by 2 processes" in done.stderr

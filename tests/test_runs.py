@@ -1,260 +1,313 @@
-"""Settings, rows, runs that are killed and continued, tables: what the four scripts share."""
+"""Flags and rows, and what a run leaves on disk: finished, interrupted, killed, on a full disk."""
 
-import argparse
 import json
-import math
 import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from safetensors.torch import save_file
 
-import common
-
-SETTINGS = [
-    ("lr", common.positive, 5e-4, 3e-3, "learning rate"),
-    ("rank", common.at_least(1), 2, 2, "rank"),
-    ("decay", common.share, 0.5, 0.5, "a share"),
-    ("where", ("output", "heads"), "output", "output", "a choice"),
-    ("widths", [common.positive], None, None, "several numbers"),
-]
-ROWS = {"zero-shot": {}, "lora": {"adapter": "lora"}, "ms": {"rank": 9}}
-STUDIES = {"ranks": ["zero-shot", "lora/rank=1", "lora/rank=4"]}
-METHOD = common.Method("toy", SETTINGS, ROWS, STUDIES)
+import clipood
+import headpurify
+import vit_diverse
+from support import InputError, runs, tables
 
 
-def read(text="", preset=None):
-    argv = text.split()
-    args = common.flags(METHOD, "doc", ["zero-shot", "lora"], ["tiny-pacs"], [common.TARGET], argv)
-    return common.settle(args, preset)
+# ---------- Flags and rows -----------------------------------------------------------------------
+def read(script, text=""):
+    return script.settings(text.split())
 
 
-def test_defaults_depend_on_the_model_and_a_preset_comes_first():
-    assert read().lr == 3e-3 and read("--model ViT-B-32").lr == 5e-4
-    assert read(preset={"lr": 1.0}).lr == 1.0 and read("--lr 7", preset={"lr": 1.0}).lr == 7
-    assert read().cue == 0.4 and read("--cue 0.9").cue == 0.9
-    cores = len(os.sched_getaffinity(0))
-    assert read().workers == 0 and read("--dataset pacs").workers == min(16, cores)
+def test_defaults_depend_on_the_data_and_the_command_line_beats_them():
+    tiny, _ = read(headpurify)
+    assert (tiny.model, tiny.lr, tiny.epochs, tiny.workers, tiny.cue) == ("tiny", 3e-3, 4, 0, 0.4)
+    real, _ = read(headpurify, "--dataset pacs")
+    assert (real.model, real.lr, real.epochs) == ("ViT-B-16", 5e-4, 40)
+    assert real.workers == min(16, len(os.sched_getaffinity(0)))
+    given, _ = read(headpurify, "--dataset pacs --lr 7 --workers 0")
+    assert (given.lr, given.epochs, given.workers) == (7, 40, 0)
+    assert read(vit_diverse, "--dataset tiny-waterbirds")[0].cue == 0.95
 
 
-def test_a_row_has_the_settings_of_its_name_and_its_own_on_top():
-    rows = read("--lr 7 --modes zero-shot lora lora/rank=4/lr=1e-3/widths=2 ms ms/rank=3").rows
-    assert rows["zero-shot"].lr == rows["lora"].lr == 7 and rows["lora"].adapter == "lora"
-    own = rows["lora/rank=4/lr=1e-3/widths=2"]
-    assert (own.rank, own.lr, own.widths, own.adapter) == (4, 1e-3, [2.0], "lora")
-    assert rows["ms"].rank == 9 and rows["ms/rank=3"].rank == 3
+def test_a_row_is_the_command_then_its_name_then_its_own_settings():
+    line = "--lr 7 --modes zero-shot lora lora/lora-rank=match/lr=1e-3/bandwidths=2 ha-lora+dig"
+    _, rows = read(headpurify, line)
+    assert (rows["zero-shot"].adapter, rows["zero-shot"].lr) == (None, 7)
+    assert (rows["lora"].adapter, rows["lora"].gated, rows["lora"].lr) == ("lora", False, 7)
+    own = rows["lora/lora-rank=match/lr=1e-3/bandwidths=2"]
+    assert (own.adapter, own.lora_rank, own.lr, own.bandwidths) == ("lora", "match", 1e-3, [2.0])
+    assert (rows["ha-lora+dig"].adapter, rows["ha-lora+dig"].gated) == ("ha-lora", True)
+    assert all(row.name == name for name, row in rows.items())
+    _, rows = read(clipood, "--margin 0.7 --batch-size 9 --modes mms ms ms/margin=0.2 cocoop")
+    margins = [row.margin for row in rows.values()]
+    assert margins == [0.7, 0, 0.2, 0.7]  # a metric softmax without margin is what `ms` means
+    assert [row.batch_size for row in rows.values()] == [9, 9, 9, 1]
 
 
 def test_a_study_is_a_list_of_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
-    args = read("--study ranks")
-    assert list(args.rows) == STUDIES["ranks"]
-    assert str(args.summary) == "results/toy-ranks-tiny-pacs.json"
+    args, rows = read(headpurify, "--study strategy")
+    assert list(rows) == headpurify.STUDIES["strategy"]
+    assert args.summary == Path("results/headpurify-strategy-tiny-pacs.json")
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "modes, words",
     [
-        ("--lr nan", ("--lr", "a number", "nan")),
-        ("--lr -1", ("--lr", "-1")),
-        ("--lr 0", ("--lr", "above 0")),
-        ("--lr 1e999", ("--lr", "1e999")),
-        ("--lr abc", ("--lr", "abc")),
-        ("--rank 0", ("--rank", "at least 1", "0")),
-        ("--rank 1.5", ("--rank", "whole number", "1.5")),
-        ("--decay 2", ("--decay", "between 0 and 1", "2")),
-        ("--where there", ("--where", "'there'", "output")),
-        ("--workers -1", ("--workers", "-1")),
-        ("--seeds -3", ("--seed", "-3")),
-        ("--cue 2", ("--cue", "between 0 and 1")),
-        ("--rnk 3", ("--rnk",)),
-        ("--modes lara", ("'lara'", "did you mean 'lora'")),
-        ("--modes lora/rnk=3", ("'rnk=3'", "did you mean 'rank'")),
-        ("--modes lora/lr=abc", ("lora/lr=abc", "--lr", "abc")),
-        ("--modes lora/seeds=3", ("seeds=3", "A row may set")),
-        ("--study rank", ("--study", "ranks")),
-        ("--study ranks --modes lora", ("--study and --modes",)),
-        ("--device gpu", ("--device", "gpu")),
-        ("--summary nowhere/all.json", ("--summary", "nowhere")),
-        ("--model tiny --pretrained openai", ("--pretrained", "no effect")),
-        ("--dataset pacs --cue 0.3", ("--cue", "pacs")),
-        ("--device cpu --precision fp16", ("--precision fp16", "fp32")),
+        ("lroa", "no row 'lroa' (did you mean 'lora'?). Choose from zero-shot, full"),
+        ("lora/rnk=3", "--modes lora/rnk=3: unrecognized arguments: --rnk=3"),
+        ("lora/lr=abc", "--modes lora/lr=abc: --lr: must be a number, at least 0, got abc"),
+        ("lora/lora-rank=four", "--modes lora/lora-rank=four: --lora-rank: invalid choice: 'four'"),
+        ("lora/lr", "--modes lora/lr: --lr: expected one argument"),
+        ("lora/seeds=3", "--modes lora/seeds=3: unrecognized arguments: --seeds=3"),
     ],
 )
-def test_what_is_wrong_is_named(text, words):
-    with pytest.raises(common.InputError) as error:
-        read(text)
-    message = str(error.value)
-    assert all(word in message for word in words), message
-    assert len(message.splitlines()) == 1
+def test_a_row_that_is_none_is_named_in_one_line(modes, words):
+    with pytest.raises(InputError) as error:
+        read(headpurify, f"--modes zero-shot {modes}")
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
+# ---------- A run's folder -----------------------------------------------------------------------
 @pytest.fixture
 def args(tmp_path):
-    return read(f"--output {tmp_path / 'runs'}")
+    return read(headpurify, f"--output {tmp_path / 'runs'}")[0]
 
 
-def folders(tmp_path):
-    return sorted(entry.name for entry in (tmp_path / "runs" / "toy").iterdir())
+def test_names_of_folders(args, tmp_path):
+    folder = tmp_path / "runs" / "headpurify"
+    assert runs.Run(args, "sketch", 0).folder == folder / "tiny-pacs-sketch-seed0"
+    run = runs.Run(args, "Real World", 3, "open-class")
+    assert run.folder == folder / "tiny-pacs-open-class-real_world-seed3"
+    args.study = "components"
+    assert runs.Run(args, "", 1).folder == folder / "components" / "tiny-pacs-seed1"
 
 
-def write_run(args, text, stop_after=2):
-    """A run of two rows that write a file each, stopped after some of them."""
-    with common.open_run(args, "sketch", 0) as run:
-        for number, row in enumerate(("one", "two")):
-            if row in run.rows:
-                continue
-            if number == stop_after:
-                raise RuntimeError
-            (run.folder / f"{row}.txt").write_text(text)
-            run.extra[row] = {"text": text}
-            run.add(row, {"target": (number + 1) / 4})
+def write_run(args, rows=("one", "two")) -> runs.Run:
+    """A run of two rows, or of the first of them and an epoch of the second."""
+    run = runs.Run(args, "sketch", 0)
+    for number, row in enumerate(rows):
+        if row not in run.rows:
+            run.add(row, {"target": (number + 1) / 4}, {"gates": [number]})
+    if len(rows) == 2:
+        run.finish()
+    else:
+        run.save({"two": {"epoch": 1, "weights": torch.arange(3)}})
     return run
 
 
-def test_a_run_appears_only_when_complete(args, tmp_path):
-    with pytest.raises(RuntimeError):
-        write_run(args, "first", stop_after=0)
-    assert not (tmp_path / "runs").exists()  # no empty folder is left
-    for text in ("first", "second"):
-        run = write_run(args, text)
-        assert folders(tmp_path) == ["tiny-pacs-sketch-seed0"]
-        assert (run.folder / "two.txt").read_text() == text
+def test_a_finished_run_is_read_again(args, capsys):
+    run = write_run(args)
+    assert [path.name for path in run.folder.iterdir()] == ["result.json"]
     result = json.loads((run.folder / "result.json").read_text())
     assert result["rows"] == {"one": {"target": 0.25}, "two": {"target": 0.5}}
     assert (result["target"], result["seed"], result["settings"]["rank"]) == ("sketch", 0, 2)
-
-
-def test_a_failed_run_leaves_the_old_result(args, tmp_path):
-    write_run(args, "first")
-    with pytest.raises(RuntimeError):
-        write_run(args, "second", stop_after=1)
-    assert (tmp_path / "runs/toy/tiny-pacs-sketch-seed0/two.txt").read_text() == "first"
-
-
-def test_an_interrupted_run_is_continued_to_the_same_bytes(args, tmp_path):
-    whole = {path.name: path.read_bytes() for path in write_run(args, "a").folder.iterdir()}
-    with pytest.raises(RuntimeError):
-        write_run(args, "a", stop_after=1)
+    assert result["extra"]["two"] == {"gates": [1]}
     args.resume = True
-    continued = write_run(args, "a")
-    assert {path.name: path.read_bytes() for path in continued.folder.iterdir()} == whole
-    again = write_run(args, "b")  # complete: read, not written
-    assert again.complete and again.record == continued.record
-    assert (again.folder / "one.txt").read_text() == "a"
+    again = runs.Run(args, "sketch", 0)
+    assert again.finished and again.record == run.record
+    assert f"--resume: found {again.result}" in capsys.readouterr().out
+    args.resume = False
+    assert not runs.Run(args, "sketch", 0).finished and not run.result.exists()
 
 
-def test_a_run_with_other_settings_is_not_continued(args):
-    write_run(args, "a")
-    args.resume, args.rank = True, 5
-    with pytest.raises(common.InputError, match="rank 2, now 5"):
-        write_run(args, "b")
-
-
-def test_a_kill_between_the_two_renames_loses_nothing(args, tmp_path):
-    final = write_run(args, "first").folder
-    final.rename(final.with_name(f".{final.name}.old"))
-    with pytest.raises(RuntimeError):
-        write_run(args, "second", stop_after=0)
-    assert (final / "two.txt").read_text() == "first"
-
-
-def test_a_kill_after_the_two_renames_leaves_nothing_in_the_way(args, tmp_path):
-    final = write_run(args, "first").folder
-    old = final.with_name(f".{final.name}.old")
-    old.mkdir()
-    (old / "two.txt").write_text("before the first")
-    assert (write_run(args, "second").folder / "two.txt").read_text() == "second"
-    assert folders(tmp_path) == [final.name]
-
-
-def test_what_a_kill_left_of_a_file_goes(args, tmp_path):
-    with pytest.raises(RuntimeError):
-        write_run(args, "a", stop_after=1)
-    (left,) = (tmp_path / "runs" / "toy").iterdir()
-    (left / ".partial-two.txt").write_text("h")
+def test_an_interrupted_run_goes_on_to_the_same_bytes(args):
+    whole = write_run(args).result.read_bytes()
+    write_run(args, rows=["one"])
     args.resume = True
-    names = {path.name for path in write_run(args, "a").folder.iterdir()}
-    assert names == {"one.txt", "two.txt", "result.json"}
+    run = runs.Run(args, "sketch", 0)
+    assert not run.finished and list(run.rows) == ["one"]
+    assert run.state["two"]["epoch"] == 1 and run.state["two"]["weights"].tolist() == [0, 1, 2]
+    assert write_run(args).result.read_bytes() == whole
+    assert [path.name for path in run.folder.iterdir()] == ["result.json"]
 
 
-def test_state_of_an_interrupted_row_comes_back(args):
-    with pytest.raises(RuntimeError):
-        with common.open_run(args, "sketch", 0) as run:
-            run.save({"epoch": 3, "weights": torch.arange(3)})
-            raise RuntimeError
+@pytest.mark.parametrize("rows", [["one"], ["one", "two"]])
+def test_a_run_with_other_settings_is_refused_and_they_are_named(args, rows):
+    folder = write_run(args, rows).folder
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    args.resume, args.rank, args.lr = True, 5, 1.0
+    with pytest.raises(InputError, match="other settings .rank 2, now 5; lr 0.003, now 1.0.; give"):
+        runs.Run(args, "sketch", 0)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        *(("result.json", content) for content in ("", "no JSON", "[1]", "{}")),
+        *(("checkpoint.pt", name) for name in ("text", "code", "zipped", "nothing", "other")),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(args, wrong_files, name, content):
+    file = runs.Run(args, "sketch", 0).folder / name
+    file.parent.mkdir(parents=True)
+    if name == "result.json":
+        file.write_text(content)
+    else:
+        shutil.copy(wrong_files / content, file)
+    before = file.read_bytes()
     args.resume = True
-    with common.open_run(args, "sketch", 0) as run:
-        assert run.state["epoch"] == 3 and run.state["weights"].tolist() == [0, 1, 2]
+    with pytest.raises(InputError) as error:
+        runs.Run(args, "sketch", 0)
+    assert str(error.value).startswith(f"--resume: cannot read {file}: ")
+    assert str(error.value).endswith("; remove it, or leave --resume out")
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+    assert file.read_bytes() == before and not (wrong_files / "code-was-run").exists()
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(args, monkeypatch):
-    with pytest.raises(common.InputError, match="checkpoint.pt.*make room"):
-        with common.open_run(args, "sketch", 0) as run:
-            run.save({"epoch": 1})
-            before = (run.folder / "checkpoint.pt").read_bytes()
+# ---------- A disk that is full ------------------------------------------------------------------
+@pytest.fixture
+def full_disk():
+    """From now on no file may grow beyond a size; returns what gives room again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-            def full(*_):
-                raise OSError(28, "No space left on device")
 
-            monkeypatch.setattr(torch, "save", full)
-            run.save({"epoch": 2})
-    assert (run.folder / "checkpoint.pt").read_bytes() == before
-    assert {entry.name for entry in run.folder.iterdir()} == {"checkpoint.pt"}
+NUMBERS = np.arange(20_000.0)  # 160 kB
+TENSORS = {"numbers": torch.from_numpy(NUMBERS)}
+PANELS = {"": {"": (NUMBERS, NUMBERS)}}
+WRITERS = {
+    "numbers.json": lambda path: runs.write_json(path, NUMBERS.tolist()),
+    "numbers.pt": lambda path: runs.write_tensors(path, TENSORS),
+    "numbers.npy": lambda path: runs.write_file(path, lambda file: np.save(file, NUMBERS)),
+    "n.safetensors": lambda path: runs.write_file(path, lambda file: save_file(TENSORS, file)),
+    "numbers.png": lambda path: tables.plot_panels(PANELS, "", "", path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_is_replaced_whole_or_not_at_all(name, tmp_path, request):
+    path = tmp_path / "folder" / name
+    WRITERS[name](path)
+    before = path.read_bytes()
+    assert len(before) > 5_000
+    request.getfixturevalue("full_disk")
+    with pytest.raises(InputError, match=f"^cannot write .*{name}: .*(too large|written)"):
+        WRITERS[name](path)
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(args, request):
+    run = write_run(args, rows=["one"])
+    give_room = request.getfixturevalue("full_disk")
+    with pytest.raises(InputError, match="cannot write .*checkpoint.pt"):
+        run.save({"two": {"epoch": 2, "weights": torch.zeros(20_000)}})
+    give_room()
+    assert list(run.folder.iterdir()) == [run.checkpoint]
+    args.resume = True
+    assert runs.Run(args, "sketch", 0).state["two"]["epoch"] == 1
 
 
 def test_a_place_that_cannot_be_written_is_named(args, tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
-    with pytest.raises(common.InputError, match="cannot write results to .*--output"):
-        write_run(args, "a")
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}/runs/.*: Not a directory"):
+        write_run(args)
 
 
-def records(**rows):
-    """Two targets x two seeds; rows: their accuracies in the order x0, x1, y0, y1."""
-    runs = []
-    for i, (target, seed) in enumerate((("x", 0), ("x", 1), ("y", 0), ("y", 1))):
-        own = {row: {"target": values[i], "target/x": 0.0} for row, values in rows.items()}
-        runs.append({"target": target, "seed": seed, "rows": own, "extra": {}})
-    return runs
+# ---------- Processes ----------------------------------------------------------------------------
+def test_ctrl_c_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        runs.command(main)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped; --resume goes on from the last checkpoint\n"
 
 
-def test_tables():
-    assert common.percent([0.5]) == "50.0"
-    assert common.percent([0.5, 0.6]) == "55.0 ± 7.1"  # sample deviation: 10 / sqrt(2)
-    runs = records(m=(0.1, 0.3, 0.5, 0.5))
-    last = common.target_table("T", runs).splitlines()[-1]
-    assert last.split("  ") == ["m", "20.0 ± 14.1", "50.0 ± 0.0", "35.0 ± 7.1"]
-    assert common.table("T", runs).splitlines()[0].split() == ["T", "target"]
+SCRIPTS = {
+    "headpurify": "--modes zero-shot lora ha-lora+dig --epochs 2 --batch-size 12",
+    "clipood": "--modes ms mms mms+bma --epochs 3 --steps-per-epoch 2 --batch-size 4 --figures",
+    "ldfs": "--modes plain ldfs --targets sketch cartoon --mapper-epochs 60 --epochs 60 --figures",
+    "vit_diverse": "--modes erm erm+sel div --epochs 2 --batch-size 10 --figures",
+}
+RUNS, KILLS = 2, 3  # of each script, and random moments at which each of them is killed
 
 
-def test_a_paired_difference_by_hand():
-    """Averaged over targets within a seed first: seeds gain 0.15 and 0.05, each from two runs."""
-    runs = records(a=(0.1, 0.3, 0.5, 0.5), b=(0.3, 0.3, 0.6, 0.6))
-    mean, error, seeds = common.paired(runs, "b", "a", "target")
-    deviation = math.sqrt((0.05**2 + 0.05**2) / 1)
-    assert (mean, error, seeds) == (pytest.approx(0.1), pytest.approx(deviation / 2**0.5), 2)
-    assert common.gain(mean, error, seeds) == "+10.0 (se 5.0, 2 seeds)"
-    assert "+10.0 (se 5.0, 2 seeds)" in common.table("T", runs, "target")
-    one = common.paired(runs[::2], "b", "a", "target")
-    assert common.gain(*one) == "+15.0 (1 seed)"
+def start(script: str, arguments: str, folder) -> subprocess.Popen:
+    """A script on few images, in a process that has begun to work."""
+    folder.mkdir(exist_ok=True)
+    program = ROOT / "tests" / "in_small_world.py"
+    line = [sys.executable, program, script, *SCRIPTS[script].split(), *arguments.split()]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(line, cwd=folder, start_new_session=True, **options)
+    process.first_line = process.stdout.readline()
+    return process
 
 
-def test_the_closing_line_reads_the_table():
-    runs = records(a=(0.1, 0.3, 0.5, 0.5), b=(0.3, 0.3, 0.6, 0.6))
-    text = common.closing_line(runs)
-    assert "b, 45.0 %" in text and "above a" in text and "less than two standard errors" in text
-    runs = records(a=(0.5, 0.5, 0.5, 0.5), b=(0.1, 0.1, 0.2, 0.2))
-    assert "a, 50.0 %" in common.closing_line(runs)
-    assert "above b: more than two standard errors" in common.closing_line(runs)
-    assert "one seed" in common.closing_line(runs[:1])
+def end_of(process) -> tuple[int, str]:
+    """Its exit code, and what it printed."""
+    text, _ = process.communicate(timeout=120)
+    return process.returncode, process.first_line + text
 
 
-def test_report_writes_what_it_says(tmp_path, capsys):
-    runs = records(a=(0.1, 0.3, 0.5, 0.5), b=(0.3, 0.3, 0.6, 0.6))
-    summary = tmp_path / "all.json"
-    args = argparse.Namespace(dataset="d", method=METHOD, study="ranks", output=tmp_path)
-    args.summary = summary
-    common.report(args, runs)
-    assert json.loads(summary.read_text())["records"] == runs
-    assert summary.with_suffix(".png").stat().st_size > 1000
-    assert str(summary) in capsys.readouterr().out
+def contents(folder) -> dict[str, bytes]:
+    """All files below `runs`, but for what a kill left of a file that was being written."""
+    files = [path for path in (folder / "runs").rglob("*") if path.is_file()]
+    files = [path for path in files if not re.match(r"\.\d+-", path.name)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def assert_same(files: dict, expected: dict) -> None:
+    assert sorted(files) == sorted(expected)
+    for name, content in expected.items():
+        assert files[name] == content, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_any_moment_and_continued_it_gives_the_same_bytes(script, tmp_path):
+    process = start(script, "", tmp_path / "whole")
+    begin = time.monotonic()
+    code, text = end_of(process)
+    seconds = time.monotonic() - begin
+    assert code == 0, text
+    expected = contents(tmp_path / "whole")
+    rng = random.Random(script)
+    for number in range(RUNS):
+        folder = tmp_path / f"killed-{number}"
+        for _ in range(KILLS):
+            process = start(script, "--resume", folder)
+            time.sleep(rng.uniform(0, seconds))
+            process.kill()
+            end_of(process)
+        code, text = end_of(start(script, "--resume", folder))
+        assert code == 0, text
+        assert_same(contents(folder), expected)
+
+
+@pytest.mark.slow
+def test_two_processes_at_one_run_write_the_same_bytes(tmp_path):
+    code, text = end_of(start("clipood", "", tmp_path / "one"))
+    assert code == 0, text
+    processes = [start("clipood", "", tmp_path / "two") for _ in range(2)]
+    for process in processes:
+        code, text = end_of(process)
+        assert code == 0, text
+    assert_same(contents(tmp_path / "two"), contents(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """Its signal goes to all processes, also to those that read images."""
+    process = start("headpurify", "--epochs 1000 --workers 2", tmp_path)
+    time.sleep(5)
+    os.killpg(process.pid, signal.SIGINT)
+    code, text = end_of(process)
+    assert code == 130 and "Traceback" not in text, text
+    assert text.endswith("\nstopped; --resume goes on from the last checkpoint\n")
