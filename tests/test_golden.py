@@ -60,7 +60,9 @@ def name_of(case: dict) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GOLDEN, ids=name_of)
-def test_numbers_are_those_of_before(case, small_world, call_main, tmp_path):
+def test_numbers_are_those_of_before(case, small_world, call_main, request, tmp_path):
+    if "--dataset pacs" in case["arguments"]:
+        request.getfixturevalue("pacs_tree")  # JPEGs in data/
     features = np.random.default_rng(0).standard_normal((7, 64)).astype(np.float32)
     np.save(tmp_path / "features.npy", features)  # for --class-features
     main = importlib.import_module(case["script"]).main
