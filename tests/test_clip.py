@@ -1,6 +1,7 @@
 """CLIP, MMD and evaluation of common.py against slow loops, finite differences and open_clip."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import common
+from support import InputError
 
 
 # ---------- MMD ----------------------------------------------------------------------------------
@@ -41,13 +43,8 @@ def test_mmd2_equals_a_triple_loop():
 def test_default_bandwidths_are_around_the_median_distance():
     x, y = two_samples()
     points = torch.cat([x, y])
-    distances = []
-    for i, a in enumerate(points):
-        for j, b in enumerate(points):
-            if i != j:
-                distances.append((a - b).square().sum().item())
-    distances.sort()
-    median = distances[(len(distances) - 1) // 2]
+    distances = [(a - b).square().sum().item() for a, b in itertools.permutations(points, 2)]
+    median = sorted(distances)[(len(distances) - 1) // 2]
     bandwidths = [median * factor for factor in (0.25, 0.5, 1, 2, 4)]
     expected = slow_mmd2(x.tolist(), y.tolist(), bandwidths)
     assert common.mmd2(x, y).item() == pytest.approx(expected, rel=1e-10)
@@ -85,14 +82,12 @@ def test_mmd2_refuses_bad_input(x, y, bandwidths):
 
 
 # ---------- Evaluation ---------------------------------------------------------------------------
-def toy_set(labels):
-    """Images of 2 x 2 pixels that show their label."""
-    pixels = torch.tensor(labels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    return common.ImageSet(pixels, torch.tensor(labels), ("a", "b"))
+def images_of(labels):
+    return common.ImageSet(torch.zeros(len(labels), 3, 2, 2), torch.tensor(labels), ("a", "b"))
 
 
 def test_evaluate_by_hand():
-    first, second = toy_set([0, 0, 1, 1]), toy_set([0, 1])
+    first, second = images_of([0, 0, 1, 1]), images_of([0, 1])
     tests = {"hold-out": {"one": first}, "source": {"one": first, "two": second}}
     # right, wrong, right, right; the same again, and right, wrong
     answers = iter([0, 1, 1, 1, 0, 1, 1, 1, 0, 0])
@@ -100,8 +95,8 @@ def test_evaluate_by_hand():
     def classify(images):
         return torch.eye(2)[[next(answers) for _ in images]]
 
-    measures = common.evaluate(classify, tests, batch_size=3)
-    assert measures == {
+    metrics = common.evaluate(classify, tests, batch_size=3)
+    assert metrics == {
         "hold-out": 0.75,
         "source": pytest.approx(4 / 6),  # of all images, not the mean of domains
         "source/one": 0.75,
@@ -144,12 +139,8 @@ def test_encode_by_hand(tiny):
     assert torch.allclose(tiny.encode(images, batch_size=2), expected, atol=1e-5)
 
 
-def test_class_features_are_averaged_unit_vectors(tiny):
-    features = tiny.class_features(["dog", "house"], ["a photo of a {}.", "a picture of a {}"])
-    photo, picture = tiny.encode_text(["a photo of a house.", "a picture of a house"])
-    expected = photo + picture
-    assert torch.allclose(features[1], expected / expected.norm(), atol=1e-6)
-    with pytest.raises(common.InputError, match="'a photo'"):
+def test_a_template_needs_a_place_for_the_name(tiny):
+    with pytest.raises(InputError, match="'a photo'"):
         tiny.class_features(["dog"], ["a photo"])
 
 
@@ -221,5 +212,5 @@ NOT_THERE = [
 
 @pytest.mark.parametrize("name, pretrained, message", NOT_THERE)
 def test_model_that_cannot_be_had_is_one_clear_error(name, pretrained, message):
-    with pytest.raises(common.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         common.load_clip(name, pretrained)
