@@ -52,7 +52,7 @@ def test_tiny_domains_are_reported_on_balanced_parts():
 
 def test_too_few_images_to_hold_out_are_an_error():
     domains = [common.Domain(name, numbered(2)) for name in ("a", "b")]
-    with pytest.raises(InputError, match="'a' has only 2 images"):
+    with pytest.raises(InputError, match="no image of 'a' is left for the test 'hold-out'"):
         common.leave_one_out(domains, "b")
 
 

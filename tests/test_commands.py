@@ -157,7 +157,7 @@ def test_real_architecture_on_a_real_layout(checkout, pacs_tree, tmp_path):
     clip = common.load_clip(f"local-dir:{folder / 'model'}")
     domains = common.load_domains("pacs", pacs_tree)
     task = common.leave_one_out(domains, "sketch")
-    task = task.transformed(clip.preprocess, clip.preprocess)
+    task = task.transformed(clip)
     classify = common.clip_classifier(clip.visual, clip.class_features(task.classes))
     found = common.evaluate(classify, {"target": task.tests["target"]})
     assert found["target"] == result["rows"]["ha-lora+dig"]["target"]

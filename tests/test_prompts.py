@@ -31,7 +31,9 @@ def clip(request, tiny):
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     model = open_clip.CLIP(32, vision, text).eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    return common.Clip(model, None, None, tokenizer, 1.0, torch.device("cpu"), "fp32", {})
+    return common.Clip(
+        model, model.visual, None, None, tokenizer, 1.0, torch.device("cpu"), "fp32", {}
+    )
 
 
 def unit(*shape, seed=0):

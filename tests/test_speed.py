@@ -16,7 +16,7 @@ import common
 import headpurify
 import ldfs
 import vit_diverse
-from support import InputError, tiny_world
+from support import InputError, runs, tiny_world
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def test_compiled_training_gives_the_same_under_the_same_names(
 def test_a_compiled_module_has_the_gradients_of_two_losses(eager_backend):
     """As `route_gradients` asks for them: the first keeps the graph for the second."""
     module = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
-    assert common.compiled(module, False) is module
-    compiled = common.compiled(module, True)
+    assert runs.compiled(module, False) is module
+    compiled = runs.compiled(module, True)
     assert compiled is not module
     x, gradients = torch.randn(5, 3), []
     for network in (module, compiled):

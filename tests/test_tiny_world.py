@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import common
-from support import tiny_clip, tiny_world
+from support import ASSETS, tiny_clip, tiny_world
 
 BACKGROUNDS = list(tiny_world.BACKGROUNDS)
 COLORS = list(tiny_world.COLORS)
-CLIPS = ["tiny", f"local-dir:{common.ASSETS / 'tiny_clip_16_heads'}"]
+CLIPS = ["tiny", f"local-dir:{ASSETS / 'tiny_clip_16_heads'}"]
 
 
 def assert_share_no_image(sets):

@@ -27,7 +27,7 @@ FLAGS = [
     # numbers that are none, or too small, or too large
     *((f"{script} --lr {text}", ("--lr", text)) for script in SCRIPTS for text in ("nan", "-1")),
     ("headpurify --rank 0", ("--rank", "a whole number, at least 1", "got 0")),
-    ("headpurify --cue 2", ("--cue", "between 0 and 1", "2")),
+    ("headpurify --cue 2", ("--cue", "at most 1", "2")),
     ("headpurify --seeds 99999999999999999999", ("--seed", "at most 1000000000")),
     ("headpurify --mmd-at head", ("--mmd-at", "'head'", "heads")),
     ("clipood --seeds 3 1 3", ("--seeds", "twice", "3 1 3")),
@@ -63,7 +63,10 @@ FLAGS = [
     ("ldfs --captioner file", ("--captioner file needs --caption-file",)),
     # places
     ("ldfs --summary empty", ("--summary empty", "a folder")),
-    ("clipood --summary nowhere/all.json", ("--summary", "no folder nowhere")),
+    (
+        "clipood --summary nowhere/all.json",
+        ("--summary nowhere/all.json", "a folder that can be written"),
+    ),
     ("headpurify --output taken", ("cannot write taken/headpurify", "Not a directory")),
     # files of other things
     ("ldfs --caption-file text", ("tiny data are drawn",)),
@@ -164,7 +167,7 @@ def test_a_summary_that_cannot_be_written_is_said_at_the_start(call_main, tmp_pa
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     for name in ("all.json", "new.json"):
         error = run(call_main, f"ldfs --summary {name}")
-        assert error == f"error: --summary {name}: it cannot be written\n"
+        assert error == f"error: --summary {name}: give a file in a folder that can be written\n"
     assert (tmp_path / "all.json").read_text() == "kept"
 
 
@@ -238,12 +241,7 @@ def test_a_training_that_diverges_is_stopped(call_main, small_world, tmp_path, l
     assert not finished
 
 
-def test_what_is_not_a_number_is_neither_tested_nor_exported(tmp_path):
+def test_what_is_not_a_number_has_no_accuracy():
     images = common.ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2), ("a",))
     with pytest.raises(InputError, match="outputs are nan"):
         common.outputs(lambda x: x * torch.nan, images)
-    clip = common.load_clip("tiny")
-    clip.visual.proj.data[0, 0] = torch.nan
-    with pytest.raises(InputError, match="numbers of proj are not finite"):
-        common.export_clip(clip, tmp_path / "model", torch.zeros(1, 64), ["a"])
-    assert not (tmp_path / "model").exists()

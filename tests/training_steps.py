@@ -23,6 +23,7 @@ import common
 import headpurify
 import ldfs
 import vit_diverse
+from support import runs
 
 SOURCES, SCALE = 4, 100.0  # domains of a batch; 1 / tau
 
@@ -67,7 +68,7 @@ def purification(tower, batch: Batch, options: str, mode="ha-lora+dig"):
     _, weights, gates = headpurify.make_trainable(visual, row)
     optimizer = fused(headpurify.make_optimizer(row, weights, gates))
     scaler = scaler_of(row)
-    model = common.compiled(visual, row.compile)
+    model = runs.compiled(visual, row.compile)
     data = batch.images, batch.labels, batch.class_features, SCALE, SOURCES
     mmd_at = row.mmd_at if gates else None
 
@@ -89,7 +90,7 @@ def margin_and_average(tower, batch: Batch, options: str):
     parts, _ = clipood.training_parts(clip, None, {"mms+bma": row}, batch.class_features)
     model, optimizer, _, scaler, average = parts.values()
     fused(optimizer)
-    replica = common.compiled(model, row.compile)
+    replica = runs.compiled(model, row.compile)
 
     def step():
         with common.autocast(row.device, row.precision):
@@ -110,7 +111,7 @@ def diversity(tower, batch: Batch, options: str, mode="div"):
     model = vit_diverse.headwise(tower, num_classes=2).to(row.device).train()
     optimizer = fused(torch.optim.Adam(model.parameters(), row.lr))
     scaler = scaler_of(row)
-    trunk = common.compiled(model.trunk, row.compile)
+    trunk = runs.compiled(model.trunk, row.compile)
     labels = batch.labels % 2
 
     def step():
