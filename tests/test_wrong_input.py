@@ -65,7 +65,7 @@ FLAGS = [
     ("ldfs --summary empty", ("--summary empty", "a folder")),
     (
         "clipood --summary nowhere/all.json",
-        ("--summary nowhere/all.json", "a folder that can be written"),
+        ("nowhere/all.json", "a folder that can be written"),
     ),
     ("headpurify --output taken", ("cannot write taken/headpurify", "Not a directory")),
     # files of other things
