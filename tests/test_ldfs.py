@@ -26,7 +26,7 @@ def unit(*shape, seed=0, dtype=torch.float64):
     return F.normalize(vectors, dim=-1).to(dtype)
 
 
-def slow_direction_loss(features, mapped, source, target, reach=0.0):
+def slow_direction_loss(features, mapped, source, target, reach):
     """Image by image, with the cosine written out."""
     losses = []
     for f, m, s, t in zip(features, mapped, source, target):
@@ -57,14 +57,15 @@ def test_gradient_at_the_start_points_along_the_text(reach):
     assert torch.allclose(mapped.grad, expected, rtol=1e-10)
 
 
-def test_global_direction_is_the_mean_of_the_class():
+@pytest.mark.parametrize("reach", [0.0, 3.0])
+def test_global_direction_is_the_mean_of_the_class(reach):
     features, mapped, *texts = (unit(6, 5, seed=seed) for seed in range(4))
     labels = torch.tensor([2, 0, 2, 1, 0, 2])
     means = []
     for text in texts:
         means.append(torch.stack([text[labels == label].mean(0) for label in labels]))
-    loss = global_direction_loss(features, mapped, *texts, labels).item()
-    assert loss == pytest.approx(slow_direction_loss(features, mapped, *means), rel=1e-12)
+    loss = global_direction_loss(features, mapped, *texts, labels, reach).item()
+    assert loss == pytest.approx(slow_direction_loss(features, mapped, *means, reach), rel=1e-12)
 
 
 def test_pairwise_loss_equals_a_loop_and_does_not_see_rotations():
