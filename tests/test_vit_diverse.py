@@ -350,7 +350,7 @@ def test_mnist_cifar_from_torchvision_files(mnist_and_cifar):
 def waterbirds_tree(tmp_path):
     """The released folder's layout with a few drawn birds; returns the data root."""
     folder = tmp_path / "data" / "waterbird_complete95_forest2water2"
-    drawn = tiny_world.draw_waterbirds(seed=2, cue=0.95, sizes=(24, 16, 16))
+    drawn = tiny_world.draw_waterbirds(seed=2, cue=0.95, sizes=(12, 8, 8))
     rows = ["img_id,img_filename,y,split,place"]
     for split, (images, _, groups) in enumerate(drawn.values()):
         for i, (pixels, group) in enumerate(zip(images, groups.tolist())):
@@ -452,6 +452,6 @@ def test_waterbirds_with_torchvision_from_a_file(waterbirds_tree, command, tmp_p
     torch.manual_seed(0)
     torch.save(torchvision.models.vit_b_16().state_dict(), tmp_path / "vit.pt")
     line = f"--dataset waterbirds --data-root {waterbirds_tree} --workers 0"
-    command(f"{line} --pretrained {tmp_path / 'vit.pt'} --batch-size 8")
+    command(f"{line} --pretrained {tmp_path / 'vit.pt'} --batch-size 6 --modes div")
     (record,) = read_records(tmp_path)
     assert len(record["extra"]["div"]["robust"]) == 12
