@@ -46,10 +46,10 @@ def local_direction_loss(features, mapped, text_source, text_target, reach: floa
     """
     move = mapped - features  # dI (B, D)
     text = text_target - text_source  # dT (B, D)
-    length = text.norm(dim=-1).clamp(min=1e-6)
-    shortest = (reach * length).clamp(min=0.01)
-    move_length = torch.maximum(move.norm(dim=-1), shortest)
-    cosine = (move * text).sum(-1) / (move_length * length)
+    text_length = text.norm(dim=-1).clamp(min=1e-6)
+    least_length = (reach * text_length).clamp(min=0.01)
+    move_length = torch.maximum(move.norm(dim=-1), least_length)
+    cosine = (move * text).sum(-1) / (move_length * text_length)
     return (1 - cosine).mean()
 
 
@@ -57,8 +57,8 @@ def global_direction_loss(features, mapped, text_source, text_target, labels, re
     """As `local_direction_loss`, but with ONE direction for all images of a class, the mean of
     their captions' (LADS)."""
     same = (labels[:, None] == labels).to(features.dtype)
-    mean = same / same.sum(1, keepdim=True)  # (B, B)
-    texts = mean @ text_source, mean @ text_target
+    class_average = same / same.sum(1, keepdim=True)  # (B, B)
+    texts = class_average @ text_source, class_average @ text_target
     return local_direction_loss(features, mapped, *texts, reach)
 
 
@@ -187,9 +187,12 @@ def holdout_loss(row, mapper, holdout, class_features, scale, class_weights) -> 
 
 
 def synthesise(row, clip, targets, train, holdout, class_features, seed, cache=None) -> dict:
-    """Step 1, {target: its `Features`}, made from those of the training images of some classes, in
-    their order and with their labels. train, holdout: `Features`; targets: see `load_tasks`; cache:
-    captions that other rows may use."""
+    """Step 1, {target: its `Features`}, in the order of the training images of the given classes.
+
+    train, holdout: `Features`; targets: see `load_tasks`; cache: captions that rows share.
+    """
+    if row.direction == "none":
+        return {}
     cache = {} if cache is None else cache
     synthesised = {}
     for name, (source_words, target_words, classes) in targets.items():
@@ -246,8 +249,8 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
     classify = model.logits if isinstance(model, prompts.CoOp) else model
     if row.zero_shot:
         return classify
-    with_tiny_clip, with_others = LEARNING_RATES[row.finetune]
-    lr = row.lr or (with_tiny_clip if row.model == "tiny" else with_others)
+    lr_tiny, lr_other = LEARNING_RATES[row.finetune]
+    lr = row.lr or (lr_tiny if row.model == "tiny" else lr_other)
     steps = -(-len(sets[0][0]) // row.batch_size)  # an epoch; the last batch may be smaller
     options = {"weight_decay": row.weight_decay, "fused": features.device.type == "cuda"}
     optimizer = torch.optim.AdamW(model.parameters(), lr, **options)
@@ -267,7 +270,7 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
 # ---------- What is measured ---------------------------------------------------------------------
 @dataclass
 class Features:
-    """What CLIP makes of images, or a mapper of what CLIP made of them."""
+    """CLIP's features of images, or features that a mapper synthesised from them."""
 
     images: common.ImageSet
     features: torch.Tensor  # (N, D) unit-norm
@@ -276,8 +279,8 @@ class Features:
 
 
 def encode(clip, images, workers, cache):
-    """The one place where images are read. Runs share what is the same for all sources and seeds:
-    cache, {pixels or names of files: features}."""
+    """Encode images, or take their features from the cache {pixels or names of files: features},
+    which all runs of a command share. Images are read nowhere else."""
     key = np.asarray(images.images).tobytes()
     if key not in cache:
         features = clip.encode(images, workers)
@@ -287,8 +290,8 @@ def encode(clip, images, workers, cache):
 
 def of_classes(labels, classes):
     """Indices (n,) of the images of these classes."""
-    inside = torch.isin(labels.cpu(), torch.tensor(classes))
-    return inside.nonzero()[:, 0]
+    mask = torch.isin(labels.cpu(), torch.tensor(classes))
+    return mask.nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -299,15 +302,15 @@ def accuracy(classify, real) -> float:
 
 def accuracies(classify, holdout, source, targets) -> dict[str, float]:
     """On the hold-out, the source, the targets (mean), both (mean), and each target; in [0, 1]."""
-    each = {f"target/{name}": accuracy(classify, real) for name, real in targets.items()}
+    by_target = {f"target/{name}": accuracy(classify, real) for name, real in targets.items()}
     on_source = accuracy(classify, source)
-    on_targets = float(np.mean(list(each.values())))
+    on_targets = float(np.mean(list(by_target.values())))
     return {
         "hold-out": accuracy(classify, holdout),
         "source": on_source,
         "target": on_targets,
         "average": (on_source + on_targets) / 2,
-        **each,
+        **by_target,
     }
 
 
@@ -367,26 +370,25 @@ def quality_of_moves(synthetic, source, real) -> dict:
 
 def quality_of_neighbours(synthetic, target: str, source, targets) -> dict:
     real = targets[target]
-    different = nearest(synthetic.features, real.features).unique()
+    distinct = nearest(synthetic.features, real.features).unique()
     pool = [source, *targets.values()]
     features = torch.cat([part.features for part in pool])
     labels = torch.cat([part.labels for part in pool])
     domains = [torch.full_like(part.labels, i) for i, part in enumerate(pool)]
-    image = nearest(synthetic.features, features)
-    right_class = labels[image] == synthetic.labels
-    right_domain = torch.cat(domains)[image] == 1 + list(targets).index(target)
-    both = right_class & right_domain
+    indices = nearest(synthetic.features, features)
+    right_class = labels[indices] == synthetic.labels
+    right_domain = torch.cat(domains)[indices] == 1 + list(targets).index(target)
     return {
-        "distinct": len(different) / min(len(synthetic.labels), len(real.labels)),
+        "distinct": len(distinct) / min(len(synthetic.labels), len(real.labels)),
         "right class": right_class.double().mean(),
         "right domain": right_domain.double().mean(),
-        "both": both.double().mean(),
+        "both": (right_class & right_domain).double().mean(),
     }
 
 
 def plot_neighbours(synthesised, real, path, columns=12):
-    """Figure 4: source images, and below them the real target images nearest to what each row made
-    of them. Frames: red, wrong class; blue, the same image as in a column before."""
+    """Figure 4: source images, and below them the real target images nearest to the features that
+    each row synthesised from them. Red frame: wrong class; blue: the same image once more."""
     pictures, frames = {}, {}
     for row, synthetic in synthesised.items():
         indices = torch.linspace(0, len(synthetic.labels) - 1, columns).long().tolist()
@@ -402,7 +404,7 @@ def plot_neighbours(synthesised, real, path, columns=12):
     tables.plot_images(pictures, path, frames=frames)
 
 
-# ---------- Who may see what, and when -----------------------------------------------------------
+# ---------- Tasks: what training may see ---------------------------------------------------------
 # in Waterbirds the place is the domain: which place a target is made from, and which birds
 OTHER_PLACE = {"water": ("land", [0]), "land": ("water", [1])}
 
@@ -422,8 +424,8 @@ def read_domains(args, seed) -> list[common.Domain]:
 
 def of_groups(images, *groups: int) -> common.ImageSet:
     """Waterbirds' images of some groups, 2 * bird + place."""
-    inside = np.isin(images.groups, groups)
-    return images.subset(np.flatnonzero(inside))
+    mask = np.isin(images.groups, groups)
+    return images.subset(np.flatnonzero(mask))
 
 
 def make_task(args, domains, source, others) -> tuple[common.Task, dict]:
@@ -440,8 +442,7 @@ def make_task(args, domains, source, others) -> tuple[common.Task, dict]:
         words = [captions.words_for(name, args.descriptions) for name in (origin, domain.name)]
         targets[domain.name] = *words, classes
         tests["target"][domain.name] = domain.balanced or domain.images
-    train = {source: split.train[source]}
-    return common.Task(split.classes, train, tests), targets
+    return common.Task(split.classes, {source: split.train[source]}, tests), targets
 
 
 def load_tasks(args, seed):
@@ -470,16 +471,13 @@ def train_and_test(args, rows: dict, clip, task, targets, run, seed, cache) -> N
     train = read(*task.train.values())
     holdout = read(*task.tests["hold-out"].values())
     class_features = clip.class_features(task.classes, args.templates)  # (C, D)
-    shared, synthesised, classify = {}, {}, {}
+    by_step_1, synthesised, classify = {}, {}, {}
     for name, row in rows.items():
         step_1 = tuple(getattr(row, setting) for setting in STEP_1)
-        if step_1 not in shared:  # by rows that differ in step 2 only
-            features = {}
-            if row.direction != "none":
-                data = train, holdout, class_features
-                features = synthesise(row, clip, targets, *data, seed, cache)
-            shared[step_1] = features
-        synthesised[name] = shared[step_1]
+        if step_1 not in by_step_1:  # else rows differ in step 2 only
+            data = train, holdout, class_features
+            by_step_1[step_1] = synthesise(row, clip, targets, *data, seed, cache)
+        synthesised[name] = by_step_1[step_1]
         sets = [(part.features, part.labels) for part in (train, *synthesised[name].values())]
         classify[name] = fine_tune(row, clip, task.classes, class_features, sets, seed)
 
@@ -493,13 +491,12 @@ def train_and_test(args, rows: dict, clip, task, targets, run, seed, cache) -> N
     run.extra["synthesised"] = {}
     for name in rows:
         if synthesised[name]:
-            quality = synthesis_quality(synthesised[name], source, real)
-            run.extra["synthesised"][name] = quality
+            run.extra["synthesised"][name] = synthesis_quality(synthesised[name], source, real)
         run.add(name, accuracies(classify[name], holdout, source, real))
 
 
 # ---------- What the paper compares --------------------------------------------------------------
-# A name stands for settings; a row may lay its own over them: "ldfs/sigma=0.1".
+# A name stands for settings; a row may override them: "ldfs/sigma=0.1".
 NOT_LDFS = "--captioner template --sigma 0 --pairwise 0 --reach 0"
 ROWS = {
     "zero-shot": "--direction none --zero-shot",
@@ -520,14 +517,13 @@ LEARNING_RATES = {
 LOSSES = ["plain", "ldfs/direction=global/sigma=0/pairwise=0", "ldfs/sigma=0/pairwise=0"]
 LOSSES += ["ldfs/pairwise=0", "ldfs/sigma=0", "ldfs", "ldfs/reach=0", "ldfs/consistency=1"]
 LOSSES += ["ldfs/consistency=1/temperature=clip", "lads", "lads/temperature=clip"]
+LEARNED = ("plain", "lads", "ldfs")
 STUDIES = {
     "losses": LOSSES,
     "captions": ["plain", "ldfs/captioner=template", "ldfs"],
-    "finetune": [],
+    "finetune": [f"{row}/finetune={kind}" for kind in LEARNING_RATES for row in LEARNED],
     "sigma": ["plain", *(f"ldfs/sigma={sigma}" for sigma in (0, 0.02, 0.05, 0.1, 0.2, 0.4))],
 }
-for method in LEARNING_RATES:
-    STUDIES["finetune"] += [f"{row}/finetune={method}" for row in ("plain", "lads", "ldfs")]
 STEP_1 = """captioner caption_file direction sigma pairwise consistency temperature mapper reach
 hidden mapper_epochs mapper_lr weight_decay batch_size""".split()
 
@@ -609,7 +605,7 @@ def main():
     records, clip, cache = [], None, {}
     for seed in args.seeds:
         tasks = load_tasks(args, seed)
-        if not clip:  # after the data: a missing data set is said before weights are fetched
+        if not clip:  # after the data: a missing data set is reported before weights are downloaded
             clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
         for source, (task, targets) in tasks.items():
             print(f"{args.dataset}, from {source}, seed {seed}", flush=True)

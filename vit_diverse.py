@@ -124,10 +124,10 @@ def subset_hits(model: DiverseViT, heads, labels, masks) -> torch.Tensor:
     Returns: (S, N) bool, on the CPU.
     """
     last, hits = model.last, []
-    parts = last.contributions(heads)  # (H, N, D), so that a subset costs a sum and the MLP
-    at_once = max(1, 2**12 // len(heads))  # class tokens that stay in a cache
-    for weights in last.weights(masks.to(heads.device)).split(at_once):
-        x = (weights @ parts.flatten(1)).view(-1, *parts.shape[1:])  # (chunk, N, D)
+    contributions = last.contributions(heads)  # (H, N, D), so that a subset costs a sum and the MLP
+    chunk_size = max(1, 2**12 // len(heads))  # class tokens that stay in a cache
+    for weights in last.weights(masks.to(heads.device)).split(chunk_size):
+        x = (weights @ contributions.flatten(1)).view(-1, *contributions.shape[1:])  # (chunk, N, D)
         logits = model.classifier(last.end(x + last.out.bias))  # (chunk, N, C)
         hits.append(logits.argmax(-1).cpu() == labels)
     return torch.cat(hits)
@@ -184,7 +184,7 @@ class LastBlock(nn.Module):
         return x.expand(self.heads, *x.shape)
 
     def head_outputs(self, inputs):
-        """(H, B, N, D) -> (B, H, d): what each head says to the class token."""
+        """(H, B, N, D) -> (B, H, d): what each head outputs at the class token."""
         w_q, w_k, w_v = self.qkv.weight.view(3, self.heads, -1, inputs.shape[-1])  # each (H, d, D)
         b_q = b_v = 0  # the keys' bias adds the same to all scores of a query: no effect
         if self.qkv.bias is not None:
@@ -192,8 +192,8 @@ class LastBlock(nn.Module):
         q = inputs[:, :, 0] @ w_q.mT + b_q  # (H, B, d)
         projected = (q @ w_k)[..., None]  # W_k^T q, (H, B, D, 1)
         scores = inputs @ projected / w_q.shape[1] ** 0.5  # (H, B, N, 1)
-        mixed = (scores.softmax(2) * inputs).sum(2)  # (H, B, D)
-        heads = mixed @ w_v.mT + b_v  # (H, B, d)
+        attended = (scores.softmax(2) * inputs).sum(2)  # (H, B, D)
+        heads = attended @ w_v.mT + b_v  # (H, B, d)
         return heads.transpose(0, 1)
 
     def output(self, heads, head_mask=None):
@@ -366,8 +366,8 @@ def budget_draws(model, heads: dict, sets: dict, groups, seed: int) -> dict[str,
     """{n: OOD test accuracies, where n random labelled images of val_ood chose the heads}."""
     masks = head_subsets(model.last.heads)
     hits = subset_hits(model, heads["val_ood"], sets["val_ood"].labels, masks)  # (S, N)
-    reached = subset_hits(model, heads["test_ood"], sets["test_ood"].labels, masks)
-    reached = subset_scores(reached)  # (S,)
+    test_hits = subset_hits(model, heads["test_ood"], sets["test_ood"].labels, masks)
+    test_scores = subset_scores(test_hits)  # (S,)
     rng = common.tiny_world.tiny_rng(seed, "budget")
     draws = {}
     for n in BUDGETS:
@@ -376,7 +376,7 @@ def budget_draws(model, heads: dict, sets: dict, groups, seed: int) -> dict[str,
             images = rng.choice(hits.shape[1], n, replace=False)
             groups_of_images = None if groups is None else groups[images]
             chosen = subset_scores(hits[:, images], groups_of_images).argmax()
-            draws[str(n)].append(reached[chosen].item())
+            draws[str(n)].append(test_scores[chosen].item())
     return draws
 
 
@@ -470,13 +470,13 @@ def train_network(name: str, row, sets: dict, run, seed: int) -> tuple:
     runs.write_tensors(run.folder / f"{common.slug(name)}.pt", model.state_dict())
     heads, collected = {}, {}
     for part in ("val_ood", "test_id", "test_ood"):
-        same = id(sets[part].images)  # Waterbirds has one test set, see `common.load_id_and_ood`
-        if same not in collected:
-            collected[same] = collect_heads(model, sets[part], row)  # (N, H, d)
-        heads[part] = collected[same]
-    learnt = what_heads_see(model, heads["test_ood"], sets["test_ood"])
-    learnt |= {"cosine before": before, "cosine after": after, "history": history}
-    run.extra[name] = learnt
+        key = id(sets[part].images)  # Waterbirds has one test set, see `common.load_id_and_ood`
+        if key not in collected:
+            collected[key] = collect_heads(model, sets[part], row)  # (N, H, d)
+        heads[part] = collected[key]
+    statistics = what_heads_see(model, heads["test_ood"], sets["test_ood"])
+    statistics |= {"cosine before": before, "cosine after": after, "history": history}
+    run.extra[name] = statistics
     return model, history, heads
 
 
@@ -534,14 +534,14 @@ def plot_heads(run) -> None:
 
 # ---------- The command line ---------------------------------------------------------------------
 # What depends on the data set: `mnist-cifar` as published, the others our choice.
-VARYING = "model depth dim_head batch_size epochs lr div_lr lambda normalize".split()
+PRESET_FLAGS = "model depth dim_head batch_size epochs lr div_lr lambda normalize".split()
 DEFAULTS = {
     "tiny-mnist-cifar": ("scratch", 4, 16, 80, 20, 1e-3, 1e-3, 100_000, "none"),
     "mnist-cifar": ("scratch", 6, 64, 80, 100, 1e-4, 1e-3, 100, "token"),
     "tiny-waterbirds": ("tiny", 4, 16, 80, 5, 1e-4, 1e-4, 1, "token"),
     "waterbirds": ("vit_b_16", 6, 64, 64, 10, 1e-5, 1e-5, 1, "token"),
 }
-DEFAULTS = {dataset: dict(zip(VARYING, values)) for dataset, values in DEFAULTS.items()}
+DEFAULTS = {dataset: dict(zip(PRESET_FLAGS, values)) for dataset, values in DEFAULTS.items()}
 
 
 def parsers() -> tuple:
