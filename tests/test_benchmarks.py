@@ -3,9 +3,7 @@
 Images are compared with numpy and with formulas, folders with torchvision's ImageFolder.
 """
 
-import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,23 +57,6 @@ def test_imagenet_shift_readers(imagenet, name):
 
 
 @pytest.mark.parametrize(
-    "lists, words",
-    [
-        ([], "TypeError"),
-        ({"train": []}, "KeyError: 'val'"),
-        ({"train": [["dog/1.jpg", 1, "dog"]], "val": [], "test": []}, "KeyError: 0"),
-    ],
-)
-def test_a_wrong_split_is_one_clear_error(caltech, lists, words):
-    file = caltech / "caltech-101" / "split_zhou_Caltech101.json"
-    file.write_text(json.dumps(lists))
-    with pytest.raises(InputError) as error:
-        read_dataset("caltech101", caltech)
-    words = "cannot read data set 'caltech101'", words, "split_zhou_Caltech101.json", "CoOp"
-    assert all(word in str(error.value) for word in words), error.value
-
-
-@pytest.mark.parametrize(
     "name, words",
     [
         ("split_zhou_Caltech101.json", ("FileNotFoundError", "split_zhou", "CoOp")),
@@ -96,51 +77,18 @@ def test_imagenet_with_a_class_missing_in_one_part(imagenet):
         read_dataset("imagenet", imagenet)
 
 
-@pytest.mark.parametrize("list_file", ["variants.txt", "images_variant_val.txt"])
-def test_blank_lines_spaces_and_windows_line_ends_mean_nothing(aircraft, list_file):
-    expected = read_dataset("fgvcaircraft", aircraft)
-    file = aircraft / "fgvc_aircraft" / list_file
-    text = file.read_text().replace("\n", "  \r\n\r\n")
-    file.write_bytes(f"\ufeff\r\n{text}  \r\n".encode())
-    assert read_dataset("fgvcaircraft", aircraft) == expected
-
-
-def test_a_class_that_is_not_in_the_list(aircraft):
-    with (aircraft / "fgvc_aircraft" / "images_variant_val.txt").open("a") as lines:
-        lines.write("12 zebra\n")
-    with pytest.raises(InputError, match="'fgvcaircraft' .*'zebra' is not in list"):
-        read_dataset("fgvcaircraft", aircraft)
-
-
 # ---------- Waterbirds ---------------------------------------------------------------------------
-BIRDS = ["a.png,0,0,0", "b.png,1,0,1", "c.png,1,0,0", "d.png,0,1,1", "e.png,1,2,0"]
-
-
-def write_birds(data, lines):
-    folder = data / "waterbird_complete95_forest2water2"
+def test_waterbirds_groups_are_bird_and_background(tmp_path):
+    lines = ["img_filename,y,split,place", "a.png,0,0,0", "b.png,1,0,1", "c.png,1,0,0"]
+    lines += ["d.png,0,1,1", "e.png,1,2,0"]
+    folder = tmp_path / "waterbird_complete95_forest2water2"
     for i, name in enumerate("abcde"):
         write_image(folder / f"{name}.png", 40 * i)
-    (folder / "metadata.csv").write_text("\n".join(["img_filename,y,split,place", *lines, ""]))
-
-
-def test_waterbirds_groups_are_bird_and_background(tmp_path):
-    write_birds(tmp_path, BIRDS)
+    (folder / "metadata.csv").write_text("\n".join(lines))
     _, parts = read_dataset("waterbirds", tmp_path)
     assert [file.name for file, *_ in parts["train"]] == ["a.png", "b.png", "c.png"]
     assert [item[1:] for item in parts["train"]] == [(0, 0), (1, 3), (1, 2)]
     assert [item[1:] for item in parts["val"] + parts["test"]] == [(0, 1), (1, 2)]
-
-
-@pytest.mark.parametrize(
-    "lines, words",
-    [([*BIRDS, "a.png,0,0"], "TypeError"), (BIRDS[:4], "no image for its part test")],
-)
-def test_wrong_lines_of_waterbirds(tmp_path, lines, words):
-    write_birds(tmp_path, lines)
-    with pytest.raises(InputError) as error:
-        read_dataset("waterbirds", tmp_path)
-    words = words, "metadata.csv with columns img_filename, y, split, place"
-    assert all(word in str(error.value) for word in words), error.value
 
 
 # ---------- The user's own images ----------------------------------------------------------------
@@ -157,6 +105,10 @@ def own_folder(tmp_path):
 def test_own_images_are_those_of_image_folder(own_folder):
     write_image(own_folder / "эскизы" / "dog" / "more" / "4.png", 9)
     write_image(own_folder / "эскизы" / "dog" / "a" / "b" / "5.png", 9)
+    for name in ("эскизы", "эскизы/dog", "эскизы/dog/1.png"):  # links are followed
+        elsewhere = own_folder.parent / name.replace("/", " ")
+        (own_folder / name).rename(elsewhere)
+        (own_folder / name).symlink_to(elsewhere)
     classes, domains = read_own_folders(own_folder)
     assert classes == ["dog", "große Katze"] and list(domains) == ["Photos 2024", "эскизы"]
     for domain, items in domains.items():
@@ -178,45 +130,18 @@ def test_hidden_files_and_folders_are_ignored(own_folder):
     assert read_own_folders(own_folder) == expected
 
 
-def test_links_are_followed(own_folder, tmp_path):
-    (own_folder / "эскизы").rename(tmp_path / "elsewhere")
-    (own_folder / "эскизы").symlink_to(tmp_path / "elsewhere")  # a domain
-    (own_folder / "эскизы" / "dog").rename(tmp_path / "dogs")
-    (own_folder / "эскизы" / "dog").symlink_to(tmp_path / "dogs")  # a class
-    (tmp_path / "dogs" / "4.png").symlink_to(tmp_path / "dogs" / "1.png")  # a file
-    _, domains = read_own_folders(own_folder)
-    dogs = [file for file, label in domains["эскизы"] if label == 0]
-    assert [Path(file).name for file in dogs] == ["1.png", "4.png", "two.JPG", "Ω 3.Png"]
-    assert shade_of(dogs[1]) == shade_of(dogs[0])
-
-
-def without(pattern):
-    """A change of a folder: what fits the pattern is gone."""
-
-    def change(folder):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
-
-    return change
-
-
-OWN_ERRORS = [
-    (lambda folder: (folder / "art").symlink_to("gone"), ("art links to gone", "remove it")),
-    (lambda folder: (folder / "эскизы" / "cow").mkdir(), ("of class 'cow'", "Photos 2024/cow")),
-    (without("эскизы"), ("one domain folder only, 'Photos 2024'",)),
-    (lambda folder: (folder / "photos_2024").symlink_to("Photos 2024"), ("photos_2024", "rename")),
-    (without("*/dog"), ("one class only, 'große Katze'", "<domain>/<class>/<image>")),
-    (without("эскизы/*"), ("эскизы has no class folders", "<domain>/<class>/<image>")),
-]
-
-
-@pytest.mark.parametrize("change, words", OWN_ERRORS)
-def test_wrong_own_folders_are_one_clear_error(own_folder, change, words):
-    change(own_folder)
-    with pytest.raises(InputError) as error:
+@pytest.mark.parametrize(
+    "gone, words",
+    [
+        ("эскизы", "one domain folder only, 'Photos 2024'; .*<domain>/<class>/<image>"),
+        ("*/dog", "one class only, 'große Katze'; .*<domain>/<class>/<image>"),
+    ],
+)
+def test_wrong_own_folders_are_one_clear_error(own_folder, gone, words):
+    for path in own_folder.glob(gone):
+        shutil.rmtree(path)
+    with pytest.raises(InputError, match=words):
         read_own_folders(own_folder)
-    message = str(error.value)
-    assert all(word in message for word in words) and "\n" not in message, message
 
 
 def test_slug_keeps_letters_of_every_script():
@@ -239,16 +164,6 @@ def on_white(colors, alpha):
 
 def grey(values):
     return np.repeat(np.asarray(values)[..., None], 3, axis=-1)
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.bmp", "a.webp", "a.tif", "a.ppm"])
-def test_colours_are_what_pillow_reads(tmp_path, name):
-    Image.fromarray(COLORS).save(tmp_path / name)
-    with Image.open(tmp_path / name) as image:
-        expected = np.asarray(image.convert("RGB"))
-    assert np.array_equal(pixels(tmp_path / name), expected)
-    if name.endswith(("png", "bmp", "tif", "ppm")):
-        assert np.array_equal(expected, COLORS)
 
 
 @pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
@@ -330,8 +245,6 @@ PALETTE.putpalette(COLORS[0, :5].flatten().tolist())
         ("a.webp", RGBA, {"lossless": True, "exact": True}, COLORS, ALPHA),
         ("a.png", RGBA.convert("LA"), {}, grey(RGBA.convert("L")), ALPHA),
         ("a.png", RGBA.convert("RGB"), {"transparency": KEY}, COLORS, ONE_CLEAR),
-        ("a.png", PALETTE, {}, STRIPES, [255] * 5),
-        ("a.png", PALETTE, {"transparency": 2}, STRIPES, [255, 255, 0, 255, 255]),
         ("a.gif", PALETTE, {"transparency": 2}, STRIPES, [255, 255, 0, 255, 255]),
         ("a.png", PALETTE, {"transparency": bytes(FIVE)}, STRIPES, FIVE),
     ],
@@ -345,40 +258,15 @@ def test_transparent_images_are_shown_on_white(tmp_path, name, image, options, c
     assert np.array_equal(shown[extreme], expected[extreme])
 
 
-def flip_a_byte(data):
-    return data[:300] + bytes([data[300] ^ 255]) + data[301:]
-
-
+# ---------- python common.py data ----------------------------------------------------------------
 DAMAGE = [
     ("a.jpg", lambda data: data[:900], "image file is truncated"),
-    ("a.png", lambda data: data[:900], "image file is truncated"),
-    ("b.png", lambda data: b"", "cannot identify"),
+    ("a.png", lambda data: b"", "cannot identify"),
     ("b.jpg", lambda data: b"<html>404</html>", "cannot identify"),
-    ("c.png", flip_a_byte, "broken data stream"),
-    ("d.png", None, "No such file or directory"),
+    ("c.png", lambda data: data[:300] + b"flip" + data[304:], "broken data stream"),
 ]
 
 
-def write_damaged(path, damage):
-    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
-    if damage:
-        path.write_bytes(damage(path.read_bytes()))
-    else:
-        path.unlink()
-        path.symlink_to("nowhere.png")
-
-
-@pytest.mark.parametrize("name, damage, words", DAMAGE)
-def test_a_broken_file_is_one_clear_error(tmp_path, name, damage, words):
-    write_damaged(tmp_path / name, damage)
-    with pytest.raises(InputError) as error:
-        read_image(tmp_path / name)
-    message = str(error.value)
-    assert message.startswith(f"cannot read image {tmp_path / name} ({words}")
-    assert "`python common.py data --check NAME`" in message and "\n" not in message
-
-
-# ---------- python common.py data ----------------------------------------------------------------
 @pytest.fixture
 def list_data(capsys, pacs_tree):
     """What the command prints."""
@@ -415,7 +303,8 @@ def test_a_complete_data_set(list_data, pacs_tree, monkeypatch):
 def test_every_unreadable_image_is_named(list_data, pacs_tree):
     folder = pacs_tree / "PACS" / "photo" / "dog"
     for name, damage, _ in DAMAGE:
-        write_damaged(folder / name, damage)
+        Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / name)
+        (folder / name).write_bytes(damage((folder / name).read_bytes()))
     for name in ("pacs", f"folder:{pacs_tree / 'PACS'}"):
         with pytest.raises(InputError) as error:
             list_data("--check", name)
@@ -423,10 +312,3 @@ def test_every_unreadable_image_is_named(list_data, pacs_tree):
         assert message.count("cannot be read") == len(DAMAGE)
         assert all(f"{folder / file} cannot be read ({why}" in message for file, _, why in DAMAGE)
         assert ("published are 9,991" in message) == (name == "pacs")
-
-
-def test_unknown_and_missing_data_sets(list_data):
-    with pytest.raises(InputError, match="mean 'pacs'.*folder:PATH"):
-        list_data("--check", "pcas")
-    with pytest.raises(InputError, match="is not in"):
-        list_data("--check", "vlcs")

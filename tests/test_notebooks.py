@@ -13,15 +13,6 @@ import pytest
 from PIL import Image
 
 NAMES = ["00_tiny_world", "01_headpurify", "02_clipood", "03_ldfs", "04_vit_diverse", "05_together"]
-PARTS = [
-    "The question",
-    "The idea",
-    "The experiment",
-    "A dial",
-    "Exercises",
-    "What the paper reports",
-    "Your own data",
-]
 MOST_BYTES = 2_000_000
 MOST_SECONDS = 2 * 180  # three minutes on two free cores; those of a test may be busy
 
@@ -79,33 +70,9 @@ def test_committed_with_outputs_small_and_clean(root, committed, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_notebook_has_the_same_parts(committed, name):
-    titles = []
-    for cell in committed["cells"]:
-        if cell["cell_type"] == "markdown":
-            titles += re.findall(r"^## (?:\d+\. )?(.*)$", text_of(cell), re.MULTILINE)
-    parts = [part for part in PARTS if any(title.startswith(part) for title in titles)]
-    missing = {*PARTS} - {*parts}
-    assert missing <= ({"What the paper reports"} if name[:2] in ("00", "05") else set())
-
-
-def test_all_start_alike(root):
-    starts = set()
-    for name in NAMES:
-        notebook = json.loads((root / "notebooks" / f"{name}.ipynb").read_text())
-        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        starts.add(text_of(code[0]))
-    assert len(starts) == 1
-
-
-def code_in_files(root) -> str:
-    files = [*root.glob("*.py"), *(root / "support").glob("*.py")]
-    return "\n".join(file.read_text() for file in files)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_code_that_a_notebook_shows_is_in_the_files(root, committed, name):
-    files = code_in_files(root)
+    files = [*root.glob("*.py"), *(root / "support").glob("*.py")]
+    files = "\n".join(file.read_text() for file in files)
     shown = []
     for output in outputs_of(committed):
         text = "".join(output.get("data", {}).get("text/markdown", ""))
@@ -123,21 +90,6 @@ def wrong_answers(name) -> dict[str, list]:
     return importlib.import_module(f"notebooks.checks.{name[3:]}").WRONG
 
 
-def wrong_codes(name) -> dict[str, tuple]:
-    """{what it is: (code, what must be said of it)} of all wrong answers."""
-    found = {}
-    for tag, codes in wrong_answers(name).items():
-        for place, code_and_words in enumerate(codes):
-            found[f"wrong {tag} {place}"] = code_and_words
-    return found
-
-
-def load(root, name):
-    nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("nbclient")
-    return nbformat.read(root / "notebooks" / f"{name}.ipynb", as_version=4)
-
-
 def more_code(notebook, name, tree) -> dict[str, str]:
     """What a reader does after reading: turn dials to both ends, answer, bring own pictures."""
     from notebooks.run import answer_of, tagged, with_value
@@ -149,8 +101,9 @@ def more_code(notebook, name, tree) -> dict[str, str]:
                 more[f"{tag}, {dial} = {end}"] = with_value(cell.source, dial, end)
     for tag, cell in tagged(notebook, "answer").items():
         more[f"right {tag}"] = answer_of(cell)
-    for what, (code, _) in wrong_codes(name).items():
-        more[what] = code
+    for tag, codes in wrong_answers(name).items():
+        for place, (code, _) in enumerate(codes):
+            more[f"wrong {tag} {place}"] = code
     for tag, cell in tagged(notebook, "own-data").items():
         code = with_value(cell.source, "FOLDER", repr(str(tree)))
         more[tag] = with_value(code, "MODEL", '"tiny"')
@@ -174,14 +127,15 @@ def tree(root, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_from_a_clean_kernel(root, tmp_path, tree, name):
+def test_runs_from_a_clean_kernel(root, tree, name):
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
     from notebooks.run import run
 
-    notebook = load(root, name)
+    notebook = nbformat.read(root / "notebooks" / f"{name}.ipynb", as_version=4)
     before = [len(cell.get("outputs", [])) for cell in notebook.cells]
     more = more_code(notebook, name, tree)
-    folder = root / "notebooks"
-    seconds, outputs = run(notebook, folder, more)
+    seconds, outputs = run(notebook, root / "notebooks", more)
     assert seconds < MOST_SECONDS
     for count, cell in zip(before, notebook.cells):
         now = cell.get("outputs", [])
@@ -189,13 +143,13 @@ def test_runs_from_a_clean_kernel(root, tmp_path, tree, name):
         assert not [out for out in now if out.get("name") == "stderr"], now
     for picture in pictures_of(outputs_of(notebook)):
         assert picture.std() > 5, "a blank picture"
-    wrong = wrong_codes(name)
     for what, found in outputs.items():
         text = said(found)
         if what.startswith("right"):
             assert "**Right.**" in text, (what, text)
         elif what.startswith("wrong"):
-            _, says = wrong[what]
+            _, tag, place = what.split()
+            _, says = wrong_answers(name)[tag][int(place)]
             assert "**Not yet.**" in text and says in text, (what, text)
         elif what.startswith("dial"):
             assert pictures_of(found), what
@@ -212,5 +166,4 @@ def test_three_exercises_with_answers_and_plausible_wrong_ones(committed, name):
     answers = ["answer-1", "answer-2", "answer-3"]
     assert {*exercises, *answers, "dial", "own-data"} <= {*tags}
     assert sorted(wrong_answers(name)) == exercises
-    for codes in wrong_answers(name).values():
-        assert codes
+    assert all(wrong_answers(name).values())

@@ -1,14 +1,14 @@
-"""Tables, paired differences and pictures of records; `common.py table` on folders of runs."""
+"""Tables, paired differences and closing lines of records; `common.py table` on folders of runs."""
 
-import argparse
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 import common
 import headpurify
-from support import InputError, tables
+from support import tables
 
 
 def make_records(**rows):
@@ -25,22 +25,11 @@ def make_records(**rows):
 A_AND_B = {"a": (0.1, 0.3, 0.5, 0.5), "b": (0.3, 0.3, 0.6, 0.6)}
 
 
-# ---------- Numbers and text ---------------------------------------------------------------------
-def test_means_and_deviations():
-    assert tables.percent([0.5]) == "50.0"
-    assert tables.percent([0.5, 0.6]) == "55.0 ± 7.1"  # sample deviation: 10 / sqrt(2)
-    runs = make_records(m=(0.1, 0.3, 0.5, 0.5))
-    last = tables.target_table("T", runs).splitlines()[-1]
-    assert last.split("  ") == ["m", "20.0 ± 14.1", "50.0 ± 0.0", "35.0 ± 7.1"]
-    assert tables.table("T", runs).splitlines()[0].split() == ["T", "target"]
-
-
 def test_a_paired_difference_by_hand():
     """Averaged over targets within a seed first: seeds gain 0.15 and 0.05, each from two runs."""
     runs = make_records(**A_AND_B)
-    mean, error, seeds = tables.paired(runs, "b", "a", "target")
-    deviation = math.sqrt((0.05**2 + 0.05**2) / 1)
-    assert (mean, error, seeds) == (pytest.approx(0.1), pytest.approx(deviation / 2**0.5), 2)
+    error = math.sqrt(0.05**2 + 0.05**2) / math.sqrt(2)
+    assert tables.paired(runs, "b", "a", "target") == pytest.approx((0.1, error, 2))
     assert "+10.0 (se 5.0, 2 seeds)" in tables.table("T", runs, "target")
     assert tables.difference(runs[::2], "b", "a", "target") == "+15.0 (1 seed)"
     assert tables.difference(runs, "b", "a", "source") == "-"
@@ -56,53 +45,8 @@ def test_the_closing_line_reads_the_table():
     assert "one seed" in tables.closing_line(runs[:1])
 
 
-# ---------- The end of a command -----------------------------------------------------------------
-def test_report_writes_what_it_says(tmp_path, capsys):
-    runs = make_records(**A_AND_B)
-    args = argparse.Namespace(dataset="d", script="toy", study="ranks", output=tmp_path)
-    args.summary = tmp_path / "all.json"
-    tables.report(args, runs)
-    written = json.loads(args.summary.read_text())
-    assert written["records"] == runs and written["settings"]["output"] == str(tmp_path)
-    assert args.summary.with_suffix(".png").stat().st_size > 1000
-    output = capsys.readouterr().out
-    assert "last minus this" in output and "average" in output and "Best target" in output
-    assert str(args.summary) in output and f"{tmp_path}/toy/ranks/" in output
-
-
-@pytest.mark.parametrize(
-    "rows, setting, values, scale",
-    [
-        ("plain ldfs/sigma=0 ldfs/sigma=0.1 ldfs/sigma=2", "sigma", [0, 0.1, 2], "symlog"),
-        ("mms mms/margin=0.1 mms/margin=3", "margin", [0.1, 0.3, 3], "log"),
-        ("lora/rank=1 lora/rank=4", "rank", [1, 4], "linear"),
-        ("lora lora/where=heads", None, None, None),
-        ("lora/rank=1 lora/lr=2", None, None, None),
-    ],
-)
-def test_a_study_of_one_number_is_drawn_over_it(
-    rows, setting, values, scale, tmp_path, monkeypatch
-):
-    """The sweep's axis and its values; rows of any other study are drawn below each other."""
-    drawn = []
-
-    def plot(panels, x_label, *_, xscale):
-        *_, (x, _) = panels["target"].values()
-        drawn.append((x_label, x, xscale))
-
-    monkeypatch.setattr(tables, "plot_panels", plot)
-    args = argparse.Namespace(dataset="d", script="toy", study="s", output=tmp_path)
-    args.summary = tmp_path / "s.json"
-    args.margin, args.sigma, args.rank = 0.3, 0.1, 2
-    tables.report(args, make_records(**dict.fromkeys(rows.split(), (0.1, 0.2, 0.3, 0.4))))
-    assert drawn == ([(setting, values, scale)] if setting else [])
-    assert (tmp_path / "s.png").exists() == (setting is None)
-
-
-# ---------- python common.py table ---------------------------------------------------------------
 @pytest.fixture
 def table(tmp_path, monkeypatch, capsys):
-    """The lines that the command prints in a folder that may have runs/."""
     monkeypatch.chdir(tmp_path)
 
     def call(*folders):
@@ -112,20 +56,15 @@ def table(tmp_path, monkeypatch, capsys):
     return call
 
 
-@pytest.fixture
-def write(tmp_path):
-    """Write the result of a finished run, as a method leaves it."""
-
-    def write(script, target, seed, rows, dataset="pacs", folder="runs", **settings):
-        path = tmp_path / folder / script / f"{dataset}-{target}-seed{seed}" / "result.json"
-        path.parent.mkdir(parents=True)
-        settings |= {"script": script, "dataset": dataset, "target": target, "seed": seed}
-        settings["modes"] = list(rows)
-        record = {"settings": settings, "target": target, "seed": seed, "rows": rows, "extra": {}}
-        path.write_text(json.dumps(record))
-        return path
-
-    return write
+def write(script, target, seed, rows, dataset="pacs", folder="runs", **settings):
+    """The result of a finished run, as a method leaves it in the folder of `table`."""
+    path = Path(folder) / script / f"{dataset}-{target}-seed{seed}" / "result.json"
+    path.parent.mkdir(parents=True)
+    settings |= {"script": script, "dataset": dataset, "target": target, "seed": seed}
+    settings["modes"] = list(rows)
+    record = {"settings": settings, "target": target, "seed": seed, "rows": rows, "extra": {}}
+    path.write_text(json.dumps(record))
+    return path
 
 
 def cells(lines, start):
@@ -137,23 +76,27 @@ def accuracy(number):
     return {"target": number, "hold-out": 0.9}
 
 
-def test_methods_stand_together(table, write):
+def test_methods_stand_together(table):
     """Deviations over seeds; an average of the seeds that have all targets, once each."""
     for target, numbers in {"photo": (0.5, 0.7), "sketch": (0.2, 0.4)}.items():
         for seed, number in enumerate(numbers):
             write("clipood", target, seed, {"mms+bma": accuracy(number)}, lr=1)
             write("headpurify", target, seed, {"lora": accuracy(number / 2)}, lr=2)
-    write("clipood", "photo", 2, {"mms+bma": accuracy(0.9)}, lr=1)  # its sketch is not there
-    write("clipood", "photo", 0, {"mms+bma": accuracy(0.5)}, folder="runs/again", lr=1)
+    write("clipood", "photo", 2, {"mms+bma": accuracy(0.9)}, lr=1)  # its sketch is not finished
+    again = write("clipood", "photo", 0, {"mms+bma": accuracy(0.5)}, folder="runs/again", lr=1)
+    again.with_name("checkpoint.pt").touch()  # killed before it was removed
+    unfinished = write("clipood", "sketch", 2, {})
+    unfinished.rename(unfinished.with_name("checkpoint.pt"))
     lines = table()
     assert lines[0].split() == "pacs, target accuracy, % photo sketch average seeds".split()
     # seeds 0.35 and 0.55: deviations are 0.1 / sqrt(2) of 0.2; of 0.5, 0.7, 0.9 it is 0.2
     assert cells(lines, "clipood mms+bma") == ["70.0 ± 20.0", "30.0 ± 14.1", "45.0 ± 14.1", "2"]
     assert cells(lines, "headpurify lora") == ["30.0 ± 7.1", "15.0 ± 7.1", "22.5 ± 7.1", "2"]
-    assert lines[-1] == "Finished runs: 10. Not finished: 0."
+    assert lines[-2] == "Finished runs: 10. Not finished: 1."
+    assert lines[-1] == "  runs/clipood/pacs-sketch-seed2"
 
 
-def test_runs_with_other_settings_stand_apart(table, write):
+def test_runs_with_other_settings_stand_apart(table):
     for seed, (lr, number) in enumerate(((0.1, 0.5), (0.2, 0.7))):
         for target in ("photo", "sketch"):
             write("clipood", target, seed, {"mms": accuracy(number)}, lr=lr, epochs=3)
@@ -165,24 +108,21 @@ def test_runs_with_other_settings_stand_apart(table, write):
     assert cells(lines, "clipood ms (lr 0.1)") == ["30.0", "-", "-", "0"]
 
 
-def test_tasks_and_sources_have_tables_of_their_own(table, write):
+def test_tasks_and_sources_have_tables_of_their_own(table):
     for target, number in (("Art", 0.5), ("Clipart", 0.3)):
         rows = {"mms": {"total": number, "base": number + 0.1}}
         write("clipood", target, 0, rows, "officehome")
     write("ldfs", "from x", 0, {"ldfs": {"target": 0.3, "target/a": 0.2}}, "officehome")
     write("vit_diverse", "", 0, {"erm": {"id": 0.5, "ood": 0.3}}, "waterbirds")
     lines = table()
-    assert {line.split("  ")[0] for line in lines if ", %" in line} == {
-        "officehome, total accuracy, %",
-        "officehome from x, %",
-        "waterbirds, %",
-    }
+    titles = {line.split("  ")[0] for line in lines if ", %" in line}
+    assert titles == {"officehome, total accuracy, %", "officehome from x, %", "waterbirds, %"}
     assert cells(lines, "clipood mms") == ["50.0", "30.0", "40.0", "1"]
     assert cells(lines, "ldfs ldfs") == ["30.0", "1"]
     assert cells(lines, "vit_diverse erm") == ["50.0", "30.0", "1"]
 
 
-def test_average_over_data_sets_by_hand(table, write):
+def test_average_over_data_sets_by_hand(table):
     """Targets within a data set first, then data sets, a seed at a time; H of the averages. Only
     rows that all sets have with the same settings, and seeds that have all targets."""
     for seed, base, new in ((3, (0.2, 0.4), (0.1, 0.1)), (4, (0.6, 0.8), (0.2, 0.2))):
@@ -202,27 +142,6 @@ def test_average_over_data_sets_by_hand(table, write):
     expected = [tables.percent(values) for values in (base, new, H)]
     assert cells(lines[start:], "clipood ms") == [*expected, "2"]
     assert not any("linear" in line or "headpurify" in line for line in lines[start:])
-
-
-def test_unfinished_runs_are_named(table, write):
-    finished = write("clipood", "photo", 0, {"mms": accuracy(0.5)}).parent
-    unfinished = finished.with_name("pacs-photo-seed1")
-    unfinished.mkdir()
-    for folder in (finished, unfinished):  # killed before the checkpoint was removed
-        (folder / "checkpoint.pt").touch()
-    *_, count, name = table()
-    assert count == "Finished runs: 1. Not finished: 1."
-    assert name == "  runs/clipood/pacs-photo-seed1"
-
-
-def test_folders_without_runs_and_other_results(table, tmp_path):
-    with pytest.raises(InputError, match="no runs in nowhere"):
-        table("nowhere")
-    (tmp_path / "runs").mkdir()
-    for text in ("{", "[]", '{"target": "photo"}', "null"):
-        (tmp_path / "runs" / "result.json").write_text(text)
-        with pytest.raises(InputError, match="runs/result.json is not the result of a run"):
-            table()
 
 
 def test_it_is_the_table_that_the_command_prints(table, call_main, small_world):

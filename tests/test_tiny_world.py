@@ -2,9 +2,7 @@
 image. The tiny CLIPs: they know this world as well as they should, and refuse unknown words."""
 
 import hashlib
-import json
 import os
-import sys
 
 import numpy as np
 import open_clip
@@ -19,16 +17,6 @@ COLORS = list(tiny_world.COLORS)
 CLIPS = ["tiny", f"local-dir:{ASSETS / 'tiny_clip_16_heads'}"]
 
 
-def assert_share_no_image(sets):
-    """No image occurs twice, neither within a set nor in two of them."""
-    seen = set()
-    for images in sets:
-        fingerprints = {pixels.numpy().tobytes() for pixels in images.images}
-        assert len(fingerprints) == len(images)
-        assert not fingerprints & seen
-        seen |= fingerprints
-
-
 def agreement_with_class(images):
     """How often the second attribute of groups 2 * class + attribute equals the class."""
     labels, attribute = images.groups // 2, images.groups % 2
@@ -36,27 +24,18 @@ def agreement_with_class(images):
     return (labels == attribute).double().mean().item()
 
 
-def four_standard_errors(share, n):
-    return 4 * np.sqrt(share * (1 - share) / n)  # 0 where the share is 0 or 1
-
-
-# ---------- Random streams -----------------------------------------------------------------------
-def parts_of_seed_0():
-    classes = tiny_world.OFFICE_CLASSES
-    for domain in tiny_world.TINY_DOMAINS:
-        parts = tiny_world.draw_domain("tiny-office", classes, domain, 0, cue=0.4, sizes=(2, 8))
-        for *part, attributes in parts:
-            yield *part, attributes["background"], attributes["color"]
-    yield from tiny_world.draw_waterbirds(0, cue=0.95, sizes=(64, 16, 32)).values()
-    yield from tiny_world.draw_digits_and_vehicles(0, sizes=(64, 16, 32)).values()
-
-
 def test_images_are_drawn_as_when_the_shipped_clip_was_pretrained():
-    """CPUs round differently, so a few pixels may differ by 1 on another machine: there, only the
-    mean is compared. GOLDEN_EXACT=1 asks for every pixel, as in test_golden.py."""
+    """CPUs round differently; GOLDEN_EXACT=1 asks for every pixel, as in test_golden.py."""
+    parts, classes = [], tiny_world.OFFICE_CLASSES
+    for domain in tiny_world.TINY_DOMAINS:
+        drawn = tiny_world.draw_domain("tiny-office", classes, domain, 0, cue=0.4, sizes=(2, 8))
+        for *part, attributes in drawn:
+            parts.append((*part, attributes["background"], attributes["color"]))
+    parts += tiny_world.draw_waterbirds(0, cue=0.95, sizes=(64, 16, 32)).values()
+    parts += tiny_world.draw_digits_and_vehicles(0, sizes=(64, 16, 32)).values()
     label_hash, pixel_hash = hashlib.sha256(), hashlib.sha256()
     means = []
-    for pixels, *labels in parts_of_seed_0():
+    for pixels, *labels in parts:
         pixel_hash.update(pixels.numpy().tobytes())
         means.append(pixels.double().mean().item())
         for values in labels:
@@ -74,16 +53,25 @@ def test_captions_are_those_that_the_shipped_clip_was_pretrained_on():
     assert hashlib.sha256(captions.encode()).hexdigest()[:16] == "aec44dfe24b66200"
 
 
-def test_domains_parts_and_seeds_share_no_image():
+@pytest.fixture(scope="module")
+def digits():
+    return common.load_parts("tiny-mnist-cifar", seed=1)
+
+
+def test_domains_parts_and_seeds_share_no_image(digits):
+    parts = [*digits.values()]
     domains = common.load_domains("tiny-pacs", seed=5)
     domains.append(common.tiny_domain("tiny-pacs", "photo", 6, 0.4))
-    parts = []
     for domain in domains:
         parts += [domain.images, domain.balanced]
-    assert_share_no_image(parts)
+    seen = set()
+    for part in parts:
+        fingerprints = {pixels.numpy().tobytes() for pixels in part.images}
+        assert len(fingerprints) == len(part)
+        assert not fingerprints & seen
+        seen |= fingerprints
 
 
-# ---------- The tiny sets ------------------------------------------------------------------------
 def test_attributes_say_how_images_were_drawn():
     """Snow is brighter than night, a red thing redder than a blue one; a subset keeps its own."""
     domain = common.tiny_domain("tiny-pacs", "photo", 3, 0.4)
@@ -101,11 +89,12 @@ def test_attributes_say_how_images_were_drawn():
         assert few.attributes["background"].tolist() == [ground[4], ground[2]]
 
 
-@pytest.mark.parametrize("cue", [0.0, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("cue", [0.4, 1.0])
 def test_cue_goes_with_the_class_as_often_as_asked(cue):
-    images = common.tiny_domain("tiny-office", "cartoon", 6, cue).images
+    """Seed 1000 also draws a jitter that float32 rounds up to the edge of the canvas, pixel 32."""
+    images = common.tiny_domain("tiny-office", "art_painting", 1000, cue).images
     agreement = images.groups.double().mean().item()
-    assert abs(agreement - cue) <= four_standard_errors(cue, len(images))
+    assert abs(agreement - cue) <= 4 * np.sqrt(cue * (1 - cue) / len(images))  # standard errors
 
 
 @pytest.mark.parametrize("name", common.TINY_BENCHMARKS)
@@ -125,40 +114,21 @@ def test_waterbirds_groups():
         assert parts[name].groups.bincount().unique().numel() == 1
 
 
-def test_mnist_cifar_digit_agrees_in_id_and_not_in_ood():
-    parts = common.load_parts("tiny-mnist-cifar", seed=1)
-    assert list(parts) == ["train", "val_id", "test_id", "val_ood", "test_ood"]
-    assert parts["train"].images.shape[1:] == (3, 32, 16)
-    for name, images in parts.items():
+def test_mnist_cifar_digit_agrees_in_id_and_not_in_ood(digits):
+    assert list(digits) == ["train", "val_id", "test_id", "val_ood", "test_ood"]
+    assert digits["train"].images.shape[1:] == (3, 32, 16)
+    for name, images in digits.items():
         assert images.labels.bincount().unique().numel() == 1
         expected = 0.5 if name.endswith("ood") else 0.9
-        error = abs(agreement_with_class(images) - expected)
-        assert error < four_standard_errors(expected, len(images))
-    assert_share_no_image(parts.values())
+        standard_error = np.sqrt(expected * (1 - expected) / len(images))
+        assert abs(agreement_with_class(images) - expected) < 4 * standard_error
 
 
-def test_cue_outside_a_probability_is_refused():
-    with pytest.raises(common.InputError, match="--cue .* 1.5"):
-        common.load_domains("tiny-pacs", cue=1.5)
-    with pytest.raises(common.InputError, match="--cue .* -0.1"):
-        common.load_parts("tiny-waterbirds", cue=-0.1)
-
-
-def test_a_brush_stroke_never_leaves_the_canvas():
-    """Seed 1000 draws a jitter that float32 rounds up to the edge of its cell: in the last cell
-    that is pixel 32, and images have 0 to 31."""
-    domain = common.tiny_domain("tiny-office", "art_painting", 1000, 0.4)
-    assert domain.images.images.shape == (1280, 3, 32, 32)
-    assert domain.balanced.images.shape == (640, 3, 32, 32)
-
-
-# ---------- The tiny CLIPs -----------------------------------------------------------------------
 @pytest.mark.parametrize("name", [CLIPS[0], pytest.param(CLIPS[1], marks=pytest.mark.slow)])
 def test_tiny_clip_recognises_fresh_images_and_has_a_domain_gap(name):
-    """The bounds the shipped models were made for."""
     clip = common.load_clip(name)
-    pose = tiny_world.PRETRAINING_POSE
-    accuracy = tiny_clip.zero_shot_table(clip.model, clip.tokenizer, 800, 77, pose)
+    how = 300, 77, tiny_world.PRETRAINING_POSE
+    accuracy = tiny_clip.zero_shot_table(clip.model, clip.tokenizer, *how)
     assert accuracy["photo"] >= 0.70
     assert min(accuracy.values()) >= 0.45
     assert accuracy["sketch"] <= accuracy["photo"] - 0.10
@@ -171,38 +141,16 @@ def test_pretraining_writes_what_the_shipped_folder_has(tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in shipped.iterdir()}
     config = "open_clip_config.json"
     assert (tmp_path / config).read_bytes() == (shipped / config).read_bytes()
-    made = json.loads((tmp_path / "training.json").read_text())
-    expected = json.loads((shipped / "training.json").read_text())
-    assert list(made) == list(expected)
-    assert list(made["training"]) == list(expected["training"])
-    features = common.load_clip(f"local-dir:{tmp_path}").class_features(["dog"])
-    assert features.isfinite().all()
 
 
-@pytest.mark.parametrize("argument, least", [("--images=255", 256), ("--epochs=0", 1)])
-def test_pretraining_refuses_impossible_values(argument, least, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["", argument, "--output", str(tmp_path / "clip")])
-    with pytest.raises(SystemExit, match="2"):
-        tiny_clip.main()
-    flag, value = argument.split("=")
-    assert f"{flag} must be at least {least}, got {value}" in capsys.readouterr().err
-    assert not (tmp_path / "clip").exists()
-
-
-LIMITS = [(CLIPS[0], "20 words, .* at most 19"), (CLIPS[1], "20 tokens, .* at most 19")]
-
-
-@pytest.mark.parametrize("name, too_long", LIMITS)
-def test_every_word_of_the_world_is_read_and_others_are_refused(name, too_long):
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_word_of_the_world_is_read_and_others_are_refused(name):
     tokenizer = common.load_clip(name).tokenizer
     things = (*tiny_world.OFFICE_CLASSES, *tiny_world.WATERBIRD_CLASSES)
     tokens = tokenizer([f"A photo of a {word}." for word in (*things, *COLORS, *BACKGROUNDS)])
     assert len(tokens.unique(dim=0)) == len(tokens)
     with pytest.raises(common.InputError, match="the word 'zebra' .*it knows: a, an, "):
         tokenizer(["a dog", "a photo of a zebra."])
-    tokenizer("a " * 19)
-    with pytest.raises(common.InputError, match=too_long):
-        tokenizer("a " * 20)
 
 
 def test_an_export_is_complete_for_open_clip_alone(tmp_path):
@@ -221,5 +169,3 @@ def test_an_export_is_complete_for_open_clip_alone(tmp_path):
         features = model.encode_text(tokenizer(texts), normalize=True)
         assert torch.allclose(features, clip.class_features(classes), atol=1e-6)
         assert torch.allclose(model.visual(pixels), clip.visual(pixels), atol=1e-6)
-    again = common.load_clip(name)
-    assert torch.equal(again.class_features(classes), clip.class_features(classes))
