@@ -131,13 +131,8 @@ def command_parser(script: str, doc: str, method: Parser, datasets, rows, modes,
     compared.add_argument("--study", choices=studies, help=text)
     seed = at_least(0, most=10**9)  # generators use 1000 * seed + 0, 1, ...
     data.add_argument("--seeds", "--seed", type=seed, nargs="+", default=[0], metavar="SEED")
-    flag(
-        data,
-        "cue",
-        at_least(0, float, 1),
-        None,
-        "tiny data: share of images on their class's own background",
-    )
+    share = at_least(0, float, most=1)
+    flag(data, "cue", share, None, "tiny data: share of images on their class's own background")
     run = parser.add_argument_group("model, device, output")
     flag(run, "data-root", str, "data", "folder that holds the benchmarks' folders")
     text = "tiny (default of tiny data), a name of open_clip (default: ViT-B-16), hf-hub:ORG/NAME "
