@@ -85,6 +85,14 @@ def test_the_map_from_paper_to_code():
             assert re.search(rf"(def|class) {name}\b", source), f"{name} is not in {file}"
 
 
+def test_the_loop_of_the_front_page_is_the_code():
+    (loop,) = re.findall(r"```python\n(for step.*?)```", TEXTS["README.md"], re.S)
+    lines = [line.strip() for line in loop.splitlines()]
+    code = [line.strip() for line in (ROOT / "headpurify.py").read_text().splitlines()]
+    start = code.index(lines[0])
+    assert code[start : start + len(lines)] == lines
+
+
 def test_links_lead_somewhere():
     for name, text in TEXTS.items():
         for path in re.findall(r"\]\((?!http)(.*?)(?:#.*)?\)", text):
