@@ -3,8 +3,8 @@
 import functools
 import json
 import math
-import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -16,7 +16,7 @@ from conftest import call, write_image
 import common
 import ldfs
 from ldfs import global_direction_loss, local_direction_loss, pairwise_loss, perturb_text
-from support import benchmarks, tables, tiny_world
+from support import benchmarks, tiny_world
 
 
 # ---------- Losses -------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_global_direction_is_the_mean_of_the_class(reach):
     assert loss == pytest.approx(slow_direction_loss(features, mapped, *means, reach), rel=1e-12)
 
 
-def test_pairwise_loss_equals_a_loop_and_does_not_see_rotations():
+def test_pairwise_loss_equals_a_loop():
     features, mapped = unit(6, 4), unit(6, 4, seed=1)
     expected = 0
     for i in range(6):
@@ -76,9 +76,6 @@ def test_pairwise_loss_equals_a_loop_and_does_not_see_rotations():
             change = float(mapped[i] @ mapped[j]) - float(features[i] @ features[j])
             expected += (i != j) * change**2 / 30
     assert pairwise_loss(features, mapped).item() == pytest.approx(expected, rel=1e-12)
-    rotation = torch.linalg.qr(unit(4, 4, seed=2))[0]
-    turned = pairwise_loss(features, mapped @ rotation).item()
-    assert turned == pytest.approx(expected, rel=1e-10)
     assert pairwise_loss(features[:1], mapped[:1]).item() == 0
 
 
@@ -184,32 +181,9 @@ def test_a_large_hold_out_is_measured_in_batches():
 
 
 # ---------- What learns from the features --------------------------------------------------------
-class Toy:
-    """Stands for a Clip where only its scale is needed."""
-
-    logit_scale = 5.0
-
-
-@pytest.mark.parametrize("method", ["probe", "probe-random", "adapter", "tip-adapter"])
-def test_fine_tuning_learns_and_repeats(method):
-    """And it leaves the class features as they were."""
-    features, labels, *_ = features_of(90)
-    expected = 5 * features @ CLASS_FEATURES.T
-    logits = []
-    for row in ("zero-shot", f"plain/finetune={method}", f"plain/finetune={method}"):
-        row, sets = row_of(f"{row}/lr=0.03/epochs=40"), [(features, labels)]
-        classify = ldfs.fine_tune(row, Toy, "abc", CLASS_FEATURES, sets, seed=3)
-        with torch.no_grad():
-            logits.append(classify(features))
-    assert torch.allclose(logits[0], expected, atol=1e-6)
-    assert torch.equal(logits[1], logits[2])
-    assert torch.equal(expected, 5 * features @ CLASS_FEATURES.T)
-    assert F.cross_entropy(logits[1], labels) < F.cross_entropy(expected, labels) - 0.2
-
-
-def test_rows_take_equally_many_steps(monkeypatch):
-    """Synthesised features make a batch larger, not an epoch longer."""
+def test_synthesised_features_make_a_batch_larger_not_an_epoch_longer(monkeypatch):
     features, labels, *_ = features_of(40)
+    clip = SimpleNamespace(logit_scale=5.0)
     sizes, cross_entropy = [], F.cross_entropy
 
     def spy(logits, labels):
@@ -219,38 +193,13 @@ def test_rows_take_equally_many_steps(monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", spy)
     for sets in ([(features, labels)], [(features, labels)] * 3):
         sizes.clear()
-        ldfs.fine_tune(row_of("plain/epochs=2"), Toy, "abc", CLASS_FEATURES, sets, seed=0)
+        ldfs.fine_tune(row_of("plain/epochs=2"), clip, "abc", CLASS_FEATURES, sets, seed=0)
         assert len(sizes) == 6  # 40 source features in batches of 16: 3 steps
         assert sum(sizes) == 2 * 40 * len(sets)
 
 
 # ---------- Who sees what ------------------------------------------------------------------------
-@pytest.fixture
-def command(call_main):
-    """`call_main` of ldfs with few epochs, and the records in all.json."""
-    quick = "--mapper-epochs 2 --epochs 2 --hidden 16 --summary all.json"
-    return lambda line: call_main(ldfs.main, f"{quick} {line}")
-
-
-def on_files(dataset, data):
-    return f"--dataset {dataset} --data-root {data} --model tiny --workers 0 --study captions"
-
-
-def read_records(folder):
-    return json.loads((folder / "all.json").read_text())["records"]
-
-
-def test_features_are_computed_once(small_world, monkeypatch):
-    clip, cache = common.load_clip(), {}
-    first, again = (common.load_domains("tiny-pacs")[2].images for _ in range(2))
-    features = ldfs.encode(clip, first, 0, cache).features
-    part = ldfs.encode(clip, first.subset(range(4)), 0, cache)
-    assert torch.allclose(part.features, features[:4], atol=1e-6)
-    monkeypatch.setattr(common, "outputs", None)
-    assert torch.equal(ldfs.encode(clip, again, 0, cache).features, features)
-
-
-def test_no_target_image_is_read_before_everything_is_learnt(command, pacs_tree, monkeypatch):
+def test_no_target_image_is_read_before_everything_is_learnt(call_main, pacs_tree, monkeypatch):
     """All images pass through `read_image`, so a training that looks at a target is seen here."""
     events, read_image = [], benchmarks.read_image
     monkeypatch.setattr(benchmarks, "read_image", lambda x: events.append(str(x)) or read_image(x))
@@ -262,7 +211,8 @@ def test_no_target_image_is_read_before_everything_is_learnt(command, pacs_tree,
 
     for name in ("train_mapper", "fine_tune"):
         monkeypatch.setattr(ldfs, name, functools.partial(noted, getattr(ldfs, name)))
-    command(on_files("pacs", pacs_tree))
+    line = f"--dataset pacs --data-root {pacs_tree} --model tiny --workers 0 --study captions"
+    call_main(ldfs.main, f"{line} --mapper-epochs 2 --epochs 2")
     assert events.count("trained") == 2 * 3 + 3  # two rows with a mapper a target, three rows
 
     def domains(part):
@@ -308,6 +258,8 @@ def test_source_and_targets_of_tiny_data(small_world):
         "photo": ("a cartoon of a {}", "a photo of a {}", range(7)),
         "sketch": ("a cartoon of a {}", "a sketch of a {}", range(7)),
     }
+    args, _ = ldfs.settings("--source all --targets sketch".split())
+    assert list(ldfs.load_tasks(args, seed=0)) == ["art_painting", "cartoon", "photo"]
 
 
 def test_waterbirds_swap_places(monkeypatch):
@@ -324,12 +276,11 @@ def test_waterbirds_swap_places(monkeypatch):
 
 
 # ---------- What is measured ---------------------------------------------------------------------
-def toy(axes, start=None, shade=0):
-    """Features on four axes, of four images of two classes, each of another brightness."""
-    pixels = (torch.arange(4) + shade).to(torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+def toy(axes, start=None):
+    """Features on four axes, of four images of two classes."""
     labels = torch.tensor([0, 0, 1, 1])
     start = torch.eye(4)[start] if start else None
-    images = common.ImageSet(pixels, labels, ("a", "b"))
+    images = common.ImageSet(torch.zeros(4, 3, 2, 2), labels, ("a", "b"))
     return ldfs.Features(images, torch.eye(4)[axes], labels, start)
 
 
@@ -347,64 +298,8 @@ def test_measures_of_synthesised_features():
     assert ldfs.synthesis_quality(wrong, source, targets) == pytest.approx(expected, abs=1e-6)
 
 
-def test_neighbours_stand_below_their_own_source_images(monkeypatch, tmp_path):
-    drawn = {}
-
-    def spy(pictures, path, frames):
-        drawn["frames"] = frames
-        for row, images in pictures.items():
-            drawn[row] = [int(image[0, 0, 0]) for image in images]
-
-    monkeypatch.setattr(tables, "plot_images", spy)
-    synthesised = {"lads": toy([0, 1, 0, 3]), "ldfs": toy([2, 3, 2, 2])}
-    ldfs.plot_neighbours(synthesised, toy([0, 1, 2, 3], shade=100), tmp_path / "x.png", columns=4)
-    red, blue = "tab:red", "tab:blue"
-    frames = {"lads": [None, None, red, None], "ldfs": [red, red, blue, blue]}
-    rows = {"source": [0, 1, 2, 3], "lads": [100, 101, 100, 103], "ldfs": [102, 103, 102, 102]}
-    assert drawn == {"frames": frames, **rows}
-
-
-# ---------- The command --------------------------------------------------------------------------
-def test_run_on_tiny_data(command, tmp_path, small_world, monkeypatch):
-    """Tables and files; a second run elsewhere gives the same numbers."""
-    output = command("--targets cartoon sketch")
-    for row in ("zero-shot", "plain", "text", "lads", "ldfs"):
-        assert re.search(rf"^{row}( +\d+\.\d){{4}}$", output, re.M), output
-    folder = tmp_path / "runs" / "ldfs" / "tiny-pacs-from_photo-seed0"
-    files = {file.name for file in folder.iterdir()}
-    assert files == {"result.json", "neighbours-cartoon.png", "neighbours-sketch.png"}
-    (record,) = read_records(tmp_path)
-    monkeypatch.setattr(ldfs, "plot_neighbours", lambda *_: None)  # it takes seconds
-    command("--targets cartoon sketch --output elsewhere")
-    assert [record] == read_records(tmp_path)
-    metrics = record["rows"]["ldfs"]
-    targets = [metrics[f"target/{name}"] for name in ("cartoon", "sketch")]
-    assert metrics["target"] == pytest.approx(np.mean(targets))
-    assert metrics["average"] == pytest.approx((metrics["source"] + metrics["target"]) / 2)
-
-
-@pytest.mark.parametrize("study", ldfs.STUDIES)
-def test_studies(command, tmp_path, small_world, study):
-    command(f"--study {study} --targets sketch")
-    (record,) = read_records(tmp_path)
-    assert list(record["rows"]) == ldfs.STUDIES[study]
-    quality = list(record["extra"]["synthesised"].values())
-    if study == "finetune":
-        assert quality[0] == quality[2]
-    else:  # every row with another step 1
-        assert len({json.dumps(metrics) for metrics in quality}) == len(quality)
-
-
-def test_all_sources_and_seeds(command, pacs_tree, tmp_path):
-    command(f"{on_files('pacs', pacs_tree)} --source all --targets sketch --seeds 0 1")
-    records = read_records(tmp_path)
-    order = [(f"from {name}", seed) for seed in (0, 1) for name in tiny_world.TINY_DOMAINS[:3]]
-    assert [(record["target"], record["seed"]) for record in records] == order
-    assert list(records[0]["rows"]["plain"])[4:] == ["target/sketch"]
-
-
-def test_domainnet_mini(command, tmp_path):
-    """Lists of images to train and to test with, in the command of the docstring."""
+# ---------- Real layouts and commands ------------------------------------------------------------
+def test_domainnet_mini(tmp_path):
     data, names = tmp_path / "data", ("dog", "house", "person")
     for domain in ("clipart", "painting", "real", "sketch"):
         for part, numbers in (("train", range(5)), ("test", (5, 6))):
@@ -421,15 +316,8 @@ def test_domainnet_mini(command, tmp_path):
         assert folders == [("sketch", names[label]) for label in images.labels]
         assert len({*images.images}) == count
 
-    (line,) = [line for line in ldfs.__doc__.splitlines() if "--finetune coop" in line]
-    line = line.split("ldfs.py ")[1].replace("--dataset domainnet-mini", "")
-    command(f"{on_files('domainnet-mini', data)} {line}")
-    (record,) = read_records(tmp_path)
-    assert record["target"] == "from sketch"
-    assert list(record["rows"]["ldfs"])[4:] == ["target/painting", "target/real"]
 
-
-def test_cub_paintings(command, tmp_path):
+def test_cub_paintings(tmp_path):
     """The number identifies a class: names may differ in capitals."""
     data = tmp_path / "data"
     photos, paintings = data / "CUB_200_2011" / "images", data / "CUB-200-Painting"
@@ -442,52 +330,25 @@ def test_cub_paintings(command, tmp_path):
     assert painting.images.classes == photo.images.classes == ("Dog", "Boat", "Art_Painting")
     assert photo.images.labels.bincount().tolist() == [5, 5, 5]
     assert painting.images.labels.bincount().tolist() == [5, 4, 5]
-    command(on_files("cub-paintings", data))
-    (record,) = read_records(tmp_path)
-    assert record["target"] == "from photo"
-    assert list(record["rows"]["ldfs"])[4:] == ["target/painting"]
     (paintings / "001.dog").rename(paintings / "003.dog")
-    assert re.search("differ in .*001.*003", command(on_files("cub-paintings", data)))
+    with pytest.raises(common.InputError, match="differ in .*001.*003"):
+        common.load_domains("cub-paintings", data)
 
 
-def test_caption_file(command, pacs_tree, small_world, tmp_path):
-    """Captions by path below the data root; a missing one is named."""
-    captions = {}
-    for file in sorted((pacs_tree / "PACS" / "photo").rglob("*.jpg")):
-        name = file.relative_to(pacs_tree).as_posix()
-        captions[name] = f"A photo of a red {file.parent.name} on grass."
-    (tmp_path / "captions.json").write_text(json.dumps(captions))
-    line = f"{on_files('pacs', pacs_tree)} --caption-file captions.json"
-    assert "ldfs/captioner=template" in command(line)
-    del captions["PACS/photo/dog/pic_000.jpg"]
-    (tmp_path / "captions.json").write_text(json.dumps(captions))
-    assert re.search("--caption-file captions.json: .*PACS/photo/dog/pic_000.jpg", command(line))
-    assert "tiny data are drawn" in command("--caption-file captions.json")
-
-
-def test_a_domain_without_words(command, pacs_tree):
+def test_a_domain_without_words(call_main, pacs_tree):
     (pacs_tree / "PACS" / "sketch").rename(pacs_tree / "PACS" / "etching")
-    error = command(f"--dataset folder:{pacs_tree / 'PACS'} --model tiny")
+    error = call_main(ldfs.main, f"--dataset folder:{pacs_tree / 'PACS'} --model tiny")
     assert "no words describe domain 'etching'" in error and "--descriptions" in error
-
-
-@pytest.mark.slow
-def test_main_job(checkout):
-    done = call("ldfs.py --summary all.json", checkout)
-    assert done.returncode == 0, done.stderr
-    rows = read_records(checkout)[0]["rows"]
-    assert rows["plain"]["source"] > rows["zero-shot"]["source"] + 0.05
-    assert rows["ldfs"]["target"] > rows["plain"]["target"]
 
 
 @pytest.mark.slow
 def test_real_architecture_on_a_real_layout(checkout, pacs_tree, tmp_path):
     """ViT-B-32 with random weights from a file, open_clip's tokenizer, the general phrases."""
-    torch.manual_seed(0)
     model, weights = "ViT-B-32-quickgelu", tmp_path / "vit.pt"
     torch.save(open_clip.create_model(model).state_dict(), weights)
     line = f"--dataset pacs --data-root {pacs_tree} --model {model} --pretrained {weights}"
     line += " --study finetune --mapper-epochs 1 --epochs 1 --summary all.json"
     done = call(f"ldfs.py {line}", checkout)
     assert done.returncode == 0, done.stderr
-    assert len(read_records(checkout)[0]["rows"]) == 15
+    (record,) = json.loads((checkout / "all.json").read_text())["records"]
+    assert len(record["rows"]) == 15

@@ -1,8 +1,11 @@
 """Prompts, captions and adapters of other papers against slow loops and their formulas."""
 
 import copy
+import dataclasses
+import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -31,9 +34,8 @@ def clip(request, tiny):
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     model = open_clip.CLIP(32, vision, text).eval().requires_grad_(False)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    return common.Clip(
-        model, model.visual, None, None, tokenizer, 1.0, torch.device("cpu"), "fp32", {}
-    )
+    towers = {"model": model, "visual": model.visual, "tokenizer": tokenizer}
+    return dataclasses.replace(tiny, **towers, logit_scale=1.0, cache={})
 
 
 def unit(*shape, seed=0):
@@ -42,17 +44,6 @@ def unit(*shape, seed=0):
 
 
 # ---------- Class features -----------------------------------------------------------------------
-def test_class_features_of_the_tiny_clip_are_those_of_each_class_alone(tiny):
-    """To the last bit, on which the numbers in results/ depend."""
-    names, ensemble = ("dog", "house", "guitar"), ["a photo of a {}.", "a {}", "the {}"]
-    for templates in (ensemble, ensemble[:1]):
-        features = tiny.class_features(names, templates)
-        for name, feature in zip(names, features):
-            tokens = tiny.tokenizer([template.format(name) for template in templates])
-            mean = tiny.model.encode_text(tokens, normalize=True).mean(0)
-            assert torch.equal(feature, F.normalize(mean, dim=0))
-
-
 def test_template_ensemble_is_the_mean_over_templates_of_known_words(clip):
     texts = [template("dog") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     if hasattr(clip.tokenizer, "words"):
@@ -81,39 +72,16 @@ def test_learned_vectors_are_words_to_the_text_tower(clip):
 def test_coop_starts_at_the_zero_shot_prompt(clip):
     names = ("dog", "guitar", "house")
     coop = prompts.CoOp(clip, names, "a photo of a")
-    width = clip.model.token_embedding.embedding_dim
-    assert [p.shape for p in coop.parameters()] == [(4, width)]
     assert torch.allclose(coop.of_classes(["cup"])(), clip.class_features(["cup"]), atol=1e-6)
     assert torch.allclose(coop(), clip.class_features(names), atol=1e-6)
-
-
-def test_coop_lowers_its_loss(tiny):
-    torch.manual_seed(0)
-    coop = prompts.CoOp(tiny, ("dog", "house"), context=4)
-    labels = torch.arange(40) % 2
-    features = tiny.class_features(["dog", "house"])[labels]  # (N, D)
-    losses = []
-    for class_features in (coop().detach(), coop.fit(features, labels, steps=20)):
-        losses.append(F.cross_entropy(tiny.logit_scale * features @ class_features.T, labels))
-    assert losses[1] < losses[0]
-    assert not any(p.grad is not None for p in tiny.model.parameters())
 
 
 def test_gradient_of_coop_by_finite_differences(clip):
     clip = copy.deepcopy(clip)
     clip.model.double()
-    torch.manual_seed(3)
-    coop = prompts.CoOp(clip, ("dog", "house"), context=2).double()
-    direction = torch.randn(2, coop().shape[1], dtype=torch.float64)
-    (coop() * direction).sum().backward()
-    step = 1e-5 * torch.randn_like(coop.context)
-    losses = []
-    with torch.no_grad():
-        for change in (step, -2 * step):
-            coop.context += change
-            losses.append((coop() * direction).sum().item())
-    expected = 2 * (coop.context.grad * step).sum().item()
-    assert losses[0] - losses[1] == pytest.approx(expected, rel=1e-5)
+    coop = prompts.CoOp(clip, ("dog", "house")).double()
+    features = functools.partial(prompts.encode_prompts, clip.model, coop.tokens, coop.start)
+    assert torch.autograd.gradcheck(features, coop.context, fast_mode=True)
 
 
 @torch.no_grad()
@@ -140,8 +108,8 @@ def test_logits_of_cocoop_are_those_of_a_prompt_for_each_image(clip):
 
 # ---------- PromptStyler -------------------------------------------------------------------------
 def test_style_loss_by_a_loop():
-    shapes = [(6,), (3, 6), (3, 6), (2, 6)]
-    style, styled, content, earlier = (unit(*shape, seed=i) for i, shape in enumerate(shapes))
+    style, earlier = unit(6), unit(2, 6, seed=3)
+    styled, content = unit(3, 6, seed=1), unit(3, 6, seed=2)
     earlier[1] *= -1
     products = [float(other @ style) for other in earlier]
     assert products[0] * products[1] < 0
@@ -157,10 +125,7 @@ def test_style_loss_by_a_loop():
 
 
 def test_promptstyler_stays_near_the_zero_shot_classifier(tiny):
-    """It has seen no image. Its features are nearest to the text of their own class."""
     features = prompts.promptstyler(tiny, NAMES, seed=0, steps=2)
-    assert features.shape == (7, 64)
-    assert torch.equal(features, prompts.promptstyler(tiny, NAMES, seed=0, steps=2))
     assert (features @ tiny.class_features(NAMES).T).argmax(1).tolist() == list(range(7))
 
 
@@ -192,10 +157,8 @@ SUBJECTS = [
     ("a dog running on grass .", "dog running on grass"),
     ("There is a painting of the old house", "old house"),
     ("two dogs in a photograph of a lake", "two dogs in a photograph of a lake"),
-    ("an elephant", "elephant"),
     ("anchor of a ship", "anchor of a ship"),
     ("the", "old dog"),  # nothing remains: the class name
-    (" . ", "old dog"),
 ]
 
 
@@ -210,44 +173,29 @@ def nearest_word(clip, feature, pattern, words):
     return max(scores, key=scores.get)
 
 
-def test_retrieved_captions(tiny):
-    """They have the nearest phrases, and these say what the image shows."""
-    rng = tiny_world.tiny_rng(1, "captions")
-    names = [NAMES[i % 7] for i in range(56)]
-    colors = rng.choice(list(tiny_world.COLORS), 56)
-    places = rng.choice(list(tiny_world.BACKGROUNDS), 56)
-    pixels = tiny_world.draw(names, "photo", places, colors, rng)
-    labels = torch.arange(56) % 7
-    features = tiny.encode(common.ImageSet(pixels, labels, NAMES))
-    groups = json.loads(captions.WORDS.read_text())["phrases of the tiny CLIP"]
+def test_retrieved_captions_have_the_nearest_phrases(tiny):
+    features, labels = unit(10, 64), torch.arange(10) % 7
+    groups = captions.phrase_groups(tiny=True, dataset="tiny-pacs")
     texts = captions.retrieve_captions(tiny, features, labels, NAMES, "a photo of a {}", groups)
-    for i in range(0, 56, 9):
-        color = f"a photo of a {{}} {names[i]}"
-        place = f"a photo of a {names[i]} on {{}}"
-        color = nearest_word(tiny, features[i], color, tiny_world.COLORS)
-        place = nearest_word(tiny, features[i], place, tiny_world.BACKGROUNDS)
-        assert texts[i] == f"{color} {names[i]} on {place}"
-    for words in (colors, places):  # eight of each
-        assert np.mean([word in text.split() for word, text in zip(words, texts)]) > 0.5
-
-
-def test_descriptions_and_phrases_have_one_placeholder_and_the_tiny_clip_knows_its_own(tiny):
-    words = json.loads(captions.WORDS.read_text())
-    for name, texts in words.items():
-        texts = texts.values() if name.startswith("descriptions") else sum(texts.values(), [])
-        assert all(text.count("{}") == 1 for text in texts)
-    phrases = words["phrases of the tiny CLIP"]
-    tiny.tokenizer([phrase.format("dog") for phrase in sum(phrases.values(), [])])
-    assert [text.split()[0] for text in phrases["color"]] == list(tiny_world.COLORS)
-    assert [text.split()[-1] for text in phrases["place"]] == list(tiny_world.BACKGROUNDS)
+    for text, feature, label in zip(texts, features, labels):
+        name = NAMES[label]
+        color = nearest_word(tiny, feature, f"a photo of a {{}} {name}", tiny_world.COLORS)
+        place = f"a photo of a {name} on {{}}"
+        place = nearest_word(tiny, feature, place, tiny_world.BACKGROUNDS)
+        assert text == f"{color} {name} on {place}"
 
 
 def test_captions_from_a_file(tmp_path):
-    file, images = tmp_path / "captions.json", [f"data/PACS/{i}.jpg" for i in (2, 1)]
-    file.write_text('{"PACS/1.jpg": "one", "PACS/2.jpg": "two"}')
-    assert captions.read_captions(file, images, "data") == ["two", "one"]
-    with pytest.raises(common.InputError, match="PACS/2.jpg"):
-        captions.read_captions(file, images, "elsewhere")
+    file, paths = tmp_path / "captions.json", np.array(["data/PACS/2.jpg", "data/PACS/1.jpg"])
+    file.write_text('{"PACS/1.jpg": "a photo of one", "PACS/2.jpg": "two"}')
+    images = common.ImageSet(paths, torch.tensor([0, 0]), ("dog",))
+    row = SimpleNamespace(captioner="file", caption_file=file, dataset="pacs", data_root="data")
+    real = SimpleNamespace(images=images, labels=images.labels)
+    subjects = functools.partial(captions.subjects, row, None, real, "a photo of a {}", {})
+    assert subjects() == ["two", "one"]
+    row.dataset = "folder:data/PACS"
+    with pytest.raises(common.InputError, match="'2.jpg'"):
+        subjects()
 
 
 # ---------- CoCa ---------------------------------------------------------------------------------
@@ -267,60 +215,43 @@ def coca(tmp_path):
     torch.nn.init.normal_(model.text_decoder.text_projection)  # which open_clip leaves undefined
     for parameter in model.text_decoder.parameters():
         parameter.data *= 4  # so that the words depend on the image
+    model.text_decoder.text_projection[:, 49407] *= 3  # so that the last one comes
     torch.save(model.state_dict(), tmp_path / "coca.pt")
     return model
 
 
-def likeliest_words(model, image, start, end, length):
+def likeliest_words(model, image):
     """One image and one word at a time."""
-    words = [start]
-    while len(words) < length - 1 and words[-1] != end:
+    words = [49406]
+    while len(words) < 29 and words[-1] != 49407:
         text = torch.tensor([words])
         logits = model(image[None], text, output_labels=False)["logits"]
         words.append(logits[0, -1].argmax().item())
     return words
 
 
-def test_greedy_captions_are_those_of_one_image_and_one_word_at_a_time(coca):
-    images, lengths = 3 * torch.randn(6, 3, 32, 32), set()
-    start = 49406
-    first = likeliest_words(coca, images[0], start, 49407, 9)[1]
-    for end in (49407, first):  # hardly ever comes; comes at once for some images
-        tokens = captions.greedy_captions(coca, images, start, end, length=9)
-        for image, line in zip(images, tokens.tolist()):
-            words = likeliest_words(coca, image, start, end, 9)
-            assert line == words + [end] * (9 - len(words))
-            lengths.add(len(words))
-    assert len(lengths) > 1
-
-
 def test_captions_by_coca(coca, tmp_path):
-    rng = np.random.default_rng(0)
-    config = open_clip.transform.PreprocessCfg(**coca.visual.preprocess_cfg)
-    preprocess = open_clip.transform.image_transform_v2(config, is_train=False)
-    files, expected = [], []
-    for name in ("b.png", "a.png"):
-        image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
-        image.save(tmp_path / name)
-        files.append(tmp_path / name)
-        words = likeliest_words(coca, preprocess(image), 49406, 49407, 30)
+    """Some end early."""
+    rng = np.random.default_rng(1)
+    *_, preprocess = open_clip.create_model_and_transforms("small-coca")
+    files, lengths, expected = [], set(), []
+    for name in "dacb":
+        image = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        files.append(tmp_path / f"{name}.png")
+        image.save(files[-1])
+        words = likeliest_words(coca, preprocess(image))
+        lengths.add(len(words))
         text = open_clip.get_tokenizer("small-coca").decode(words[1:])
         expected.append(text.split("<end_of_text>")[0].strip())
     weights = str(tmp_path / "coca.pt")
     assert captions.coca_captions(files, "cpu", "small-coca", weights) == expected
-    assert len(set(expected)) == 2 and all(expected)
-
-
-def test_coca_whose_weights_cannot_be_had(caplog):
-    with pytest.raises(common.InputError, match=r"cannot load coca_ViT-L-14 \(opneai\): .*opneai"):
-        captions.coca_captions([], "cpu", pretrained="opneai")
-    assert not caplog.records
+    assert len(lengths) > 1 and len(set(expected)) == 4 and all(expected)
 
 
 # ---------- Adapters -----------------------------------------------------------------------------
-def toy(n=12):
-    """Image features (n, 12), labels (n,), class features (3, 12)."""
-    return unit(n, 12), torch.arange(n) % 3, unit(3, 12, seed=7)
+def toy():
+    """Image features (12, 12), labels (12,), class features (3, 12)."""
+    return unit(12, 12), torch.arange(12) % 3, unit(3, 12, seed=7)
 
 
 def test_adapter_is_that_of_the_paper():
@@ -353,6 +284,3 @@ def test_tip_adapter_is_that_of_the_paper(monkeypatch, parts):
     gradients = torch.autograd.grad((weights * logits).sum(), model.K)
     slow = torch.autograd.grad((weights * expected).sum(), K)
     assert torch.allclose(gradients[0], slow[0], rtol=1e-3, atol=1e-5)
-    with torch.no_grad():
-        model.K += 1
-    assert torch.equal(keys, K)  # the features themselves do not change
