@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import pickle
-import re
 import shlex
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -34,38 +34,42 @@ def call(arguments, cwd, **environment):
 
 @pytest.fixture
 def checkout(root, tmp_path):
-    """A copy of what a user has after cloning."""
-    copy = tmp_path / "checkout"
-    copy.mkdir()
-    for file in (root / "README.md", *root.glob("*.py")):
-        shutil.copy(file, copy)
-    for folder in ("assets", "support"):
-        shutil.copytree(root / folder, copy / folder)
-    return copy
+    """A copy of the scripts, to run as a user does after cloning."""
+    others = shutil.ignore_patterns(".*", "data", "notebooks", "results", "runs", "tests")
+    return shutil.copytree(root, tmp_path / "checkout", ignore=others)
 
 
 @pytest.fixture
 def call_main(tmp_path, monkeypatch, capsys):
-    """A method's `main` in this process, in a folder of its own that has results/.
-
-    Returns what it printed, or the message it stopped with.
-    """
+    """Call a `main` in a folder that has results/; returns what it printed, or its error."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
 
     def call(main, arguments):
-        import common
+        from support import runs
 
         arguments = arguments.split() if isinstance(arguments, str) else arguments
         monkeypatch.setattr(sys, "argv", ["command", *arguments])
         try:
-            common.runs.command(main)
+            runs.command(main)
         except SystemExit as stopped:
             assert stopped.code == 2
             return capsys.readouterr().err
         return capsys.readouterr().out
 
     return call
+
+
+@pytest.fixture(scope="session")
+def small_vit(tmp_path_factory):
+    """The name of a model of open_clip that is built in no time, with QuickGELU."""
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "patch_size": 16, "width": 48, "layers": 3, "head_width": 12}
+    config = {"embed_dim": 32, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    file = tmp_path_factory.mktemp("open_clip") / "small-vit.json"
+    file.write_text(json.dumps(config))
+    open_clip.add_model_config(file)
+    return file.stem
 
 
 @pytest.fixture
@@ -86,7 +90,7 @@ class Code:
 
 @pytest.fixture
 def wrong_files(tmp_path, monkeypatch):
-    """Files that are something else than the tensors asked for, in the folder of `call_main`."""
+    """Files that are no tensors, in the folder of `call_main`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("hello, this is no checkpoint\n")
     (tmp_path / "nothing").touch()
@@ -108,19 +112,6 @@ def settings_of(monkeypatch):
         return args
 
     return read
-
-
-def readme_commands(root):
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (root / "README.md").read_text(), re.S)
-    lines = "\n".join(blocks).splitlines()
-    commands = [line.split("#")[0].strip() for line in lines]
-    return [command for command in commands if command]
-
-
-def readme_script(root, command):
-    """Arguments for `call` of a command that the README has; CI has run its `pip install` part."""
-    assert command in readme_commands(root)
-    return command.split("python ")[-1]
 
 
 @pytest.fixture
@@ -172,11 +163,10 @@ def aircraft(tmp_path):
     names = ["house", "art painting", "cup"]  # a name with a space
     for part in ("train", "val", "test"):
         lines = []
-        for name in names[::-1]:
-            for _ in range(2):
-                number += 1
-                lines.append(f"{number} {name}")
-                write_image(folder / "images" / f"{number}.jpg", number)
+        for name in ["cup", "cup", "art painting", "art painting", "house", "house"]:
+            number += 1
+            lines.append(f"{number} {name}")
+            write_image(folder / "images" / f"{number}.jpg", number)
         (folder / f"images_variant_{part}.txt").write_text("\n".join(lines) + "\n")
     (folder / "variants.txt").write_text("\n".join(names) + "\n")
     return tmp_path / "data"

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,23 +54,12 @@ def test_a_row_is_the_command_then_its_name_then_its_own_settings():
     assert [row.batch_size for row in rows.values()] == [9, 9, 9, 1]
 
 
-def test_a_study_is_a_list_of_rows(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").mkdir()
-    args, rows = read(headpurify, "--study strategy")
-    assert list(rows) == headpurify.STUDIES["strategy"]
-    assert args.summary == Path("results/headpurify-strategy-tiny-pacs.json")
-
-
 @pytest.mark.parametrize(
     "modes, words",
     [
         ("lroa", "no row 'lroa' (did you mean 'lora'?). Choose from zero-shot, full"),
         ("lora/rnk=3", "--modes lora/rnk=3: unrecognized arguments: --rnk=3"),
         ("lora/lr=abc", "--modes lora/lr=abc: --lr: must be a number, at least 0, got abc"),
-        ("lora/lora-rank=four", "--modes lora/lora-rank=four: --lora-rank: invalid choice: 'four'"),
-        ("lora/lr", "--modes lora/lr: --lr: expected one argument"),
-        ("lora/seeds=3", "--modes lora/seeds=3: unrecognized arguments: --seeds=3"),
     ],
 )
 def test_a_row_that_is_none_is_named_in_one_line(modes, words):
@@ -84,15 +72,6 @@ def test_a_row_that_is_none_is_named_in_one_line(modes, words):
 @pytest.fixture
 def args(tmp_path):
     return read(headpurify, f"--output {tmp_path / 'runs'}")[0]
-
-
-def test_names_of_folders(args, tmp_path):
-    folder = tmp_path / "runs" / "headpurify"
-    assert runs.Run(args, "sketch", 0).folder == folder / "tiny-pacs-sketch-seed0"
-    run = runs.Run(args, "Real World", 3, "open-class")
-    assert run.folder == folder / "tiny-pacs-open-class-real_world-seed3"
-    args.study = "components"
-    assert runs.Run(args, "", 1).folder == folder / "components" / "tiny-pacs-seed1"
 
 
 def write_run(args, rows=("one", "two")) -> runs.Run:
@@ -134,9 +113,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(args):
     assert [path.name for path in run.folder.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize("rows", [["one"], ["one", "two"]])
-def test_a_run_with_other_settings_is_refused_and_they_are_named(args, rows):
-    folder = write_run(args, rows).folder
+def test_a_run_with_other_settings_is_refused_and_they_are_named(args):
+    folder = write_run(args, rows=["one"]).folder
     before = {path: path.read_bytes() for path in folder.iterdir()}
     args.resume, args.rank, args.lr = True, 5, 1.0
     with pytest.raises(InputError, match="other settings .rank 2, now 5; lr 0.003, now 1.0.; give"):
@@ -147,17 +125,14 @@ def test_a_run_with_other_settings_is_refused_and_they_are_named(args, rows):
 @pytest.mark.parametrize(
     "name, content",
     [
-        *(("result.json", content) for content in ("", "no JSON", "[1]", "{}")),
-        *(("checkpoint.pt", name) for name in ("text", "code", "zipped", "nothing", "other")),
+        ("result.json", "text"),
+        *(("checkpoint.pt", name) for name in ("text", "code", "zipped")),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_in_one_line(args, wrong_files, name, content):
     file = runs.Run(args, "sketch", 0).folder / name
     file.parent.mkdir(parents=True)
-    if name == "result.json":
-        file.write_text(content)
-    else:
-        shutil.copy(wrong_files / content, file)
+    shutil.copy(wrong_files / content, file)
     before = file.read_bytes()
     args.resume = True
     with pytest.raises(InputError) as error:
@@ -171,10 +146,10 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(args, wrong_files, name
 # ---------- A disk that is full ------------------------------------------------------------------
 @pytest.fixture
 def full_disk():
-    """From now on no file may grow beyond a size; returns what gives room again."""
+    """From now on no file may grow beyond a size."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
@@ -184,7 +159,6 @@ PANELS = {"": {"": (NUMBERS, NUMBERS)}}
 WRITERS = {
     "numbers.json": lambda path: runs.write_json(path, NUMBERS.tolist()),
     "numbers.pt": lambda path: runs.write_tensors(path, TENSORS),
-    "numbers.npy": lambda path: runs.write_file(path, lambda file: np.save(file, NUMBERS)),
     "n.safetensors": lambda path: runs.write_file(path, lambda file: save_file(TENSORS, file)),
     "numbers.png": lambda path: tables.plot_panels(PANELS, "", "", path),
 }
@@ -202,41 +176,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(name, tmp_path, request):
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(args, request):
-    run = write_run(args, rows=["one"])
-    give_room = request.getfixturevalue("full_disk")
-    with pytest.raises(InputError, match="cannot write .*checkpoint.pt"):
-        run.save({"two": {"epoch": 2, "weights": torch.zeros(20_000)}})
-    give_room()
-    assert list(run.folder.iterdir()) == [run.checkpoint]
-    args.resume = True
-    assert runs.Run(args, "sketch", 0).state["two"]["epoch"] == 1
-
-
-def test_a_place_that_cannot_be_written_is_named(args, tmp_path):
-    (tmp_path / "runs").write_text("a file where the folder should be")
-    with pytest.raises(InputError, match=f"cannot write {tmp_path}/runs/.*: Not a directory"):
-        write_run(args)
-
-
 # ---------- Processes ----------------------------------------------------------------------------
-def test_ctrl_c_is_one_line(capsys):
-    def main():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stopped:
-        runs.command(main)
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == "stopped; --resume goes on from the last checkpoint\n"
-
-
 SCRIPTS = {
     "headpurify": "--modes zero-shot lora ha-lora+dig --epochs 2 --batch-size 12",
     "clipood": "--modes ms mms mms+bma --epochs 3 --steps-per-epoch 2 --batch-size 4 --figures",
     "ldfs": "--modes plain ldfs --targets sketch cartoon --mapper-epochs 60 --epochs 60 --figures",
     "vit_diverse": "--modes erm erm+sel div --epochs 2 --batch-size 10 --figures",
 }
-RUNS, KILLS = 2, 3  # of each script, and random moments at which each of them is killed
+KILLS = 3  # of each script, at random moments
 
 
 def start(script: str, arguments: str, folder) -> subprocess.Popen:
@@ -256,17 +203,11 @@ def end_of(process) -> tuple[int, str]:
     return process.returncode, process.first_line + text
 
 
-def contents(folder) -> dict[str, bytes]:
+def contents(folder) -> dict:
     """All files below `runs`, but for what a kill left of a file that was being written."""
     files = [path for path in (folder / "runs").rglob("*") if path.is_file()]
     files = [path for path in files if not re.match(r"\.\d+-", path.name)]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def assert_same(files: dict, expected: dict) -> None:
-    assert sorted(files) == sorted(expected)
-    for name, content in expected.items():
-        assert files[name] == content, name
 
 
 @pytest.mark.slow
@@ -277,29 +218,18 @@ def test_killed_at_any_moment_and_continued_it_gives_the_same_bytes(script, tmp_
     code, text = end_of(process)
     seconds = time.monotonic() - begin
     assert code == 0, text
-    expected = contents(tmp_path / "whole")
     rng = random.Random(script)
-    for number in range(RUNS):
-        folder = tmp_path / f"killed-{number}"
-        for _ in range(KILLS):
-            process = start(script, "--resume", folder)
-            time.sleep(rng.uniform(0, seconds))
-            process.kill()
-            end_of(process)
-        code, text = end_of(start(script, "--resume", folder))
-        assert code == 0, text
-        assert_same(contents(folder), expected)
-
-
-@pytest.mark.slow
-def test_two_processes_at_one_run_write_the_same_bytes(tmp_path):
-    code, text = end_of(start("clipood", "", tmp_path / "one"))
+    for _ in range(KILLS):
+        process = start(script, "--resume", tmp_path / "killed")
+        time.sleep(rng.uniform(0, seconds))
+        process.kill()
+        end_of(process)
+    code, text = end_of(start(script, "--resume", tmp_path / "killed"))
     assert code == 0, text
-    processes = [start("clipood", "", tmp_path / "two") for _ in range(2)]
-    for process in processes:
-        code, text = end_of(process)
-        assert code == 0, text
-    assert_same(contents(tmp_path / "two"), contents(tmp_path / "one"))
+    files, expected = contents(tmp_path / "killed"), contents(tmp_path / "whole")
+    assert sorted(files) == sorted(expected)
+    for name, content in expected.items():
+        assert files[name] == content, name
 
 
 @pytest.mark.slow

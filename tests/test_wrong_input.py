@@ -2,21 +2,16 @@
 
 import functools
 import importlib
-import json
-import os
 import shlex
 import shutil
 import socket
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from conftest import Code
-from torch import nn
 
 import common
-from support import InputError, tiny_world, vit
+from support import InputError, tiny_world
 
 SCRIPTS = ("headpurify", "clipood", "ldfs", "vit_diverse")
 BIRDS = "--dataset tiny-waterbirds"
@@ -25,58 +20,35 @@ ONE_PLACE = "{} once"
 # (a command, words that its message has)
 FLAGS = [
     # numbers that are none, or too small, or too large
-    *((f"{script} --lr {text}", ("--lr", text)) for script in SCRIPTS for text in ("nan", "-1")),
-    ("headpurify --rank 0", ("--rank", "a whole number, at least 1", "got 0")),
+    *((f"{script} --lr nan", ("--lr", "nan")) for script in SCRIPTS),
     ("headpurify --cue 2", ("--cue", "at most 1", "2")),
     ("headpurify --seeds 99999999999999999999", ("--seed", "at most 1000000000")),
-    ("headpurify --mmd-at head", ("--mmd-at", "'head'", "heads")),
     ("clipood --seeds 3 1 3", ("--seeds", "twice", "3 1 3")),
-    ("clipood --beta 0", ("--beta", "above 0")),
     ("vit_diverse --heads 17", ("17 heads",)),
     # names
     ("headpurify --target skech", ("skech", "did you mean 'sketch'")),
     ("ldfs --source phto", ("unknown source 'phto'", "did you mean 'photo'")),
-    (f"ldfs {BIRDS} --targets air", ("unknown target 'air'", "water, land")),
-    (f"ldfs {BIRDS} --source water", ("unknown source 'water'", "usual places")),
     ("ldfs --targets sketch photo", ("--targets names 'photo', the source",)),
     ("headpurify --dataset tiny-pac", ("'tiny-pac'", "did you mean 'tiny-pacs'")),
-    ("clipood --dataset caltech102", ("'caltech102'", "did you mean 'caltech101'")),
-    ("ldfs --dataset waterbird", ("'waterbird'", "did you mean 'waterbirds'")),
-    ("vit_diverse --dataset tiny-mnist", ("'tiny-mnist'", "did you mean 'tiny-mnist-cifar'")),
     ("clipood --dataset caltech101 --task in-the-wild", ("caltech101", "--task open-class")),
-    ("headpurify --rnk 3", ("--rnk",)),
-    ("ldfs --modes ldfs/sigm=1", ("ldfs/sigm=1", "--sigm")),
-    ("headpurify --study components --modes lora", ("--modes", "not allowed with", "--study")),
     # templates and words
     ("clipood --templates photo", (ONE_PLACE, "'photo'")),
-    ("ldfs --templates 'a {0}'", (ONE_PLACE, "'a {0}'")),
     ("headpurify --templates zebra{}", ("zebra",)),
     ("ldfs --descriptions sketch=pencil", ("--descriptions", "sketch='pencil'", ONE_PLACE)),
     # devices; this machine is said to have no GPU
     ("clipood --device cuda", ("--device 'cuda' cannot be used", "use auto, cpu")),
-    ("vit_diverse --device meta", ("--device 'meta' cannot be used", "use auto, cpu")),
-    ("headpurify --device nonsense", ("--device 'nonsense' cannot be used", "use auto, cpu")),
     ("headpurify --device cpu --precision fp16", ("--precision fp16", "fp32")),
     # what does not go together
-    ("headpurify --compile --modes lora/mmd-at=layers", ("--compile", "--mmd-at output")),
     ("headpurify --modes zero-shot --prompt file", ("zero-shot", "--class-features FILE")),
     ("ldfs --captioner file", ("--captioner file needs --caption-file",)),
     # places
-    ("ldfs --summary empty", ("--summary empty", "a folder")),
-    (
-        "clipood --summary nowhere/all.json",
-        ("nowhere/all.json", "a folder that can be written"),
-    ),
+    ("clipood --summary nowhere/all.json", ("nowhere/all.json", "a folder that can be written")),
     ("headpurify --output taken", ("cannot write taken/headpurify", "Not a directory")),
     # files of other things
     ("ldfs --caption-file text", ("tiny data are drawn",)),
     ("headpurify --class-features wrong.npy", ("wrong.npy", "(3, 64)", "(7, 64)", "dog")),
     ("headpurify --class-features nan.npy", ("nan.npy", "finite", "(7, 64)")),
     ("headpurify --class-features text", ("text", "no array of numbers", "(7, 64)")),
-    ("headpurify --class-features code", ("code", "no array of numbers", "(7, 64)")),
-    ("headpurify --class-features objects.npy", ("objects.npy", "no array of numbers")),
-    ("headpurify --class-features cut.npz", ("cut.npz", "no array of numbers")),
-    ("headpurify --class-features nowhere.npy", ("nowhere.npy", "No such file")),
     # data and models
     ("headpurify --dataset folder:nowhere", ("nowhere", "<domain>/<class>/<image>")),
     ("headpurify --model RN50 --pretrained gone.pt", ("gone.pt", "neither a file nor a tag")),
@@ -90,14 +62,10 @@ NOT_THERE = [  # with what is expected, where to get it, and what to try
 ]
 WEIGHTS = [  # with the way out in a second line
     ("headpurify --model small-vit --pretrained text", ("text", "no file of tensors alone")),
-    ("clipood --model small-vit --pretrained code", ("code", "could run code is not loaded")),
     ("clipood --model small-vit --pretrained zipped", ("zipped", "could run code is not loaded")),
-    ("ldfs --model small-vit --pretrained nothing", ("nothing", "no file of tensors alone")),
     ("ldfs --model small-vit --pretrained other", ("other", "not those of this model")),
-    (f"vit_diverse {BIRDS} --model vit_b_16 --pretrained gone.pt", ("vit_b_16", "--pretrained")),
+    (f"vit_diverse {BIRDS} --model vit_b_16 --pretrained zipped", ("vit_b_16's weights zipped: ",)),
     ("headpurify --model ViT-B-16", ("(openai)", "models--", "--model tiny")),
-    ("ldfs --model hf-hub:some/where", ("hf-hub:some/where", "--model tiny")),
-    ("clipood --model local-dir:empty", ("local-dir:empty", "open_clip_config.json")),
 ]
 LINES = {1: FLAGS, 4: NOT_THERE, 2: WEIGHTS}
 CASES = [(line, words, lines) for lines, cases in LINES.items() for line, words in cases]
@@ -118,71 +86,41 @@ def small_world(monkeypatch):
 @pytest.fixture
 def more_wrong_files(wrong_files):
     (wrong_files / "taken").write_text("a file where a folder should be")
-    (wrong_files / "empty").mkdir()
-    (wrong_files / "cut.npz").write_bytes(b"PK\x03\x04")
     np.save(wrong_files / "wrong.npy", np.zeros((3, 64)))
     np.save(wrong_files / "nan.npy", np.full((7, 64), np.nan))
-    np.save(wrong_files / "objects.npy", np.array([Code()], dtype=object), allow_pickle=True)
     return wrong_files
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_vit(tmp_path_factory):
-    """A model of open_clip that is built in no time."""
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    vision = {"image_size": 32, "patch_size": 16, "width": 48, "layers": 3, "head_width": 4}
-    file = tmp_path_factory.mktemp("open_clip") / "small-vit.json"
-    file.write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
-    open_clip.add_model_config(file)
-
-
 def contents(folder):
-    """{path: bytes} of all that lies below a folder; a folder has none."""
-    files = {}
-    for path in folder.rglob("*"):
-        files[path] = None if path.is_dir() else path.read_bytes()
-    return files
+    """{path: bytes} of all that lies below a folder; True for a folder."""
+    return {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
 
 
-def run(call_main, line):
-    """The message that a command stops with."""
-    script, *arguments = shlex.split(line)
-    return call_main(importlib.import_module(script).main, arguments)
+@pytest.fixture
+def run(call_main):
+    """Run a command line; returns the message that it stops with."""
+
+    def run(line):
+        script, *arguments = shlex.split(line)
+        return call_main(importlib.import_module(script).main, arguments)
+
+    return run
 
 
 @pytest.mark.parametrize("line, words, lines", CASES, ids=[line for line, *_ in CASES])
 def test_what_is_wrong_is_named_and_nothing_is_changed(
-    call_main, small_world, more_wrong_files, line, words, lines
+    run, small_world, small_vit, more_wrong_files, line, words, lines
 ):
     before = contents(more_wrong_files)
-    error = run(call_main, line)
+    error = run(line)
     assert error.startswith("error: ") and len(error.splitlines()) == lines, error
     assert all(word in error for word in words), error
     assert "weights_only" not in error and "allow_pickle" not in error
     assert contents(more_wrong_files) == before
 
 
-def test_a_summary_that_cannot_be_written_is_said_at_the_start(call_main, tmp_path, monkeypatch):
-    (tmp_path / "all.json").write_text("kept")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    for name in ("all.json", "new.json"):
-        error = run(call_main, f"ldfs --summary {name}")
-        assert error == f"error: --summary {name}: give a file in a folder that can be written\n"
-    assert (tmp_path / "all.json").read_text() == "kept"
-
-
 # ---------- Files that would run code ------------------------------------------------------------
-@pytest.mark.parametrize("name", ["text", "code", "zipped", "nothing", "other"])
-def test_torchvision_weights_that_are_none(wrong_files, monkeypatch, name):
-    monkeypatch.setattr("torchvision.models.vit_b_16", lambda weights: nn.Linear(2, 2))
-    with pytest.raises(InputError) as error:
-        vit.torchvision_vit(name)
-    message = str(error.value)
-    assert f"vit_b_16's weights {name}: " in message and len(message.splitlines()) == 2
-    assert "weights_only" not in message and not (wrong_files / "code-was-run").exists()
-
-
-def test_cifar_files_that_would_run_code(call_main, wrong_files):
+def test_cifar_files_that_would_run_code(run, wrong_files):
     """torchvision unpickles CIFAR-10, but only files with the checksums of the real ones."""
     raw = wrong_files / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -195,7 +133,7 @@ def test_cifar_files_that_would_run_code(call_main, wrong_files):
     for name in ("data_batch_1", "test_batch", "batches.meta"):
         shutil.copy(wrong_files / "code", cifar / name)
     before = contents(wrong_files)
-    error = run(call_main, "vit_diverse --dataset mnist-cifar")
+    error = run("vit_diverse --dataset mnist-cifar")
     assert error.startswith("error: data set 'mnist-cifar'")
     assert contents(wrong_files) == before
 
@@ -222,19 +160,17 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
 # ---------- Numbers that break on the way ---------------------------------------------------------
 DIVERGING = [
     ("headpurify --modes lora --lr 1e30 --epochs 1", "lora, step 3"),
-    ("headpurify --modes full --full-lr 1e30 --epochs 1", "full, step 3"),
     ("clipood --modes mms mms+bma --lr 1e30 --batch-size 4 --steps-per-epoch 2", "mms/mms+bma, "),
     ("ldfs --lr 1e30", "probe (--lr), the last step"),
-    ("ldfs --finetune coop --lr 1e30 --epochs 3", "coop (--lr), the last step"),
     ("ldfs --mapper-lr 1e30", "the mapper (--mapper-lr), epoch "),
     ("vit_diverse --modes erm --lr 1e30 --epochs 2", "lambda 0, epoch 2"),
 ]
 
 
 @pytest.mark.parametrize("line, where", DIVERGING, ids=[line for line, _ in DIVERGING])
-def test_a_training_that_diverges_is_stopped(call_main, small_world, tmp_path, line, where):
+def test_a_training_that_diverges_is_stopped(run, small_world, tmp_path, line, where):
     """Before a model is exported."""
-    error = run(call_main, line)
+    error = run(line)
     assert error.startswith(f"error: {where}") and len(error.splitlines()) == 1, error
     assert "learning rate 1e+30; lower it" in error and ("inf" in error or "nan" in error)
     finished = [path for path in tmp_path.rglob("*") if path.name in ("model", "result.json")]
