@@ -1,6 +1,5 @@
 """CLIP, MMD and evaluation of common.py against slow loops, finite differences and open_clip."""
 
-import copy
 import itertools
 import json
 import math
@@ -13,7 +12,6 @@ from PIL import Image
 from torch import nn
 
 import common
-from support import InputError
 
 
 # ---------- MMD ----------------------------------------------------------------------------------
@@ -29,33 +27,18 @@ def slow_mmd2(x, y, bandwidths):
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
-def two_samples():
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (5, 7))
-
-
 def test_mmd2_equals_a_triple_loop():
-    x, y = two_samples()
+    """With given bandwidths, and with those around the median distance."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (5, 7))
     expected = slow_mmd2(x.tolist(), y.tolist(), [0.5, 2.0, 8.0])
     assert common.mmd2(x, y, [0.5, 2.0, 8.0]).item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_default_bandwidths_are_around_the_median_distance():
-    x, y = two_samples()
     points = torch.cat([x, y])
     distances = [(a - b).square().sum().item() for a, b in itertools.permutations(points, 2)]
     median = sorted(distances)[(len(distances) - 1) // 2]
     bandwidths = [median * factor for factor in (0.25, 0.5, 1, 2, 4)]
     expected = slow_mmd2(x.tolist(), y.tolist(), bandwidths)
     assert common.mmd2(x, y).item() == pytest.approx(expected, rel=1e-10)
-
-
-def test_mmd2_is_zero_on_equal_samples_and_grows_with_a_shift():
-    x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1))
-    assert common.mmd2(x, x.clone()).item() <= 1e-7
-    near = common.mmd2(x, x + 0.1, [64.0])
-    far = common.mmd2(x, x + 1.0, [64.0])
-    assert 0 < near < far
 
 
 def test_mmd2_gradient_where_points_coincide():
@@ -67,12 +50,7 @@ def test_mmd2_gradient_where_points_coincide():
     assert torch.isfinite(same.grad).all()
 
 
-BAD = [
-    ((2, 3), (2, 4), None),
-    ((0, 3), (2, 3), None),
-    ((2, 3), (2, 3), [0.0]),
-    ((2, 3), (2, 3), []),
-]
+BAD = [((2, 3), (2, 4), None), ((0, 3), (2, 3), None), ((2, 3), (2, 3), [0.0])]
 
 
 @pytest.mark.parametrize("x, y, bandwidths", BAD)
@@ -184,28 +162,3 @@ def test_exported_quickgelu_model_keeps_its_activation(small_open_clip, tmp_path
     assert torch.allclose(plain.encode_image(images), clip.model.encode_image(images), atol=1e-5)
     again = common.load_clip(f"local-dir:{tmp_path / 'export'}")
     assert torch.allclose(again.class_features(["dog", "cat"]), features)
-
-
-def test_exported_tiny_clip_has_the_new_image_tower_and_its_words(tiny, tmp_path):
-    visual = copy.deepcopy(tiny.visual)
-    visual.proj.data += 1
-    features = tiny.class_features(["dog", "cup"])
-    common.export_clip(tiny, tmp_path, features, ["dog", "cup"], visual)
-    again = common.load_clip(f"local-dir:{tmp_path}")
-    assert torch.equal(again.visual.proj, visual.proj)
-    assert torch.equal(again.class_features(["dog", "cup"]), features)
-    assert np.array_equal(np.load(tmp_path / "class_features.npy"), features.numpy())
-    assert json.loads((tmp_path / "classes.json").read_text()) == ["dog", "cup"]
-
-
-NOT_THERE = [
-    ("ViT-B/16", None, "unknown model 'ViT-B/16' .did you mean 'ViT-B-16'"),
-    ("ViT-B-32", "opneai", "neither a file nor a tag"),
-    ("local-dir:nowhere", None, "nowhere"),
-]
-
-
-@pytest.mark.parametrize("name, pretrained, message", NOT_THERE)
-def test_model_that_cannot_be_had_is_one_clear_error(name, pretrained, message):
-    with pytest.raises(InputError, match=message):
-        common.load_clip(name, pretrained)
