@@ -69,7 +69,6 @@ def output_rows(visual: nn.Module, layer: int) -> torch.Tensor:
     return attention.out_proj.weight.detach().unflatten(1, (attention.num_heads, -1))
 
 
-@torch.no_grad()
 def silence(visual: nn.Module, layer: int, head: int) -> None:
     """Take a head out, in place: the rows of W_o that it meets become zero."""
     output_rows(visual, layer)[:, head] = 0
@@ -83,17 +82,15 @@ def contribution(visual: nn.Module, layer: int, head: int, output: torch.Tensor)
 @contextlib.contextmanager
 def ablated(visual: nn.Module, layer: int, head: int, mean: torch.Tensor | None = None):
     """Inside the block a head's output is `mean`, (d,), for every token; zero by default."""
-    rows = output_rows(visual, layer)[:, head]  # (D, d), a view
-    bias = visual.transformer.resblocks[layer].attn.out_proj.bias.detach()
-    rows_before, bias_before = rows.clone(), bias.clone()
+    projection = visual.transformer.resblocks[layer].attn.out_proj
+    before = copy.deepcopy(projection.state_dict())
     if mean is not None:
-        bias += contribution(visual, layer, head, mean)
+        projection.bias.data += contribution(visual, layer, head, mean)
     silence(visual, layer, head)
     try:
         yield
     finally:
-        rows.copy_(rows_before)
-        bias.copy_(bias_before)
+        projection.load_state_dict(before)
 
 
 # ---------- Importance, and orders in which heads are dropped ------------------------------------
@@ -126,8 +123,8 @@ def greedy_order(visual: nn.Module, count: int, *sample) -> torch.Tensor:
     """The first `count` heads to drop, (count,) indices: again and again the head without which the
     cross-entropy is least. sample: see `source_sample`."""
     visual = copy.deepcopy(visual)
-    grid = head_grid(visual)
-    remaining = list(np.ndindex(grid))
+    heads = head_grid(visual)[1]
+    remaining = list(np.ndindex(head_grid(visual)))
     order = []
     for _ in range(count):
         losses = []
@@ -136,43 +133,23 @@ def greedy_order(visual: nn.Module, count: int, *sample) -> torch.Tensor:
                 losses.append(loss_of(visual, *sample))
         layer, head = remaining.pop(int(np.argmin(losses)))
         silence(visual, layer, head)
-        order.append(layer * grid[1] + head)
+        order.append(layer * heads + head)
     return torch.tensor(order)
 
 
 def gates_on_frozen_clip(clip, class_features, task, row, seed: int) -> torch.Tensor:
     """Gates (layers, heads) learned on frozen CLIP without each source in turn, summed up."""
-    settings = vars(row) | {"adapter": None, "gated": True}
+    row = argparse.Namespace(**vars(row) | {"adapter": None, "gated": True})
     if len(task.train) == 2:  # one remains: there is nothing that L_MMD could compare
-        settings["mmd_grad"] = "none"
+        row.mmd_grad = "none"
     total = 0
     for name in task.train:
         held_out = {name: task.tests["hold-out"][name]}
         train_sets = {other: images for other, images in task.train.items() if other != name}
         fold = common.Task(task.classes, train_sets, {"hold-out": held_out, "target": held_out})
-        row = argparse.Namespace(**settings)
         _, learned = headpurify.train(clip, class_features, fold, row, seed)
         total += torch.tensor(learned["gates"])
     return total
-
-
-def drop_curve(visual: nn.Module, order, stops: set[int], measure: Callable) -> dict[str, list]:
-    """Drop heads one by one, from a copy.
-
-    Args: order: indices of heads; stops: numbers of dropped heads at which `measure`, of a tower,
-    gives {test: accuracy}. Returns: {"dropped": those numbers, test: the accuracies there}.
-    """
-    visual = copy.deepcopy(visual)
-    curve = {"dropped": []}
-    for dropped in range(len(order) + 1):
-        if dropped in stops:
-            curve["dropped"].append(dropped)
-            for test, accuracy in measure(visual).items():
-                curve.setdefault(test, []).append(accuracy)
-        if dropped < len(order):
-            layer, head = divmod(int(order[dropped]), head_grid(visual)[1])
-            silence(visual, layer, head)
-    return curve
 
 
 def drop_orders(args, clip, gates, class_features, task, row, seed: int) -> dict:
@@ -197,21 +174,27 @@ def drop_orders(args, clip, gates, class_features, task, row, seed: int) -> dict
 
 
 def drop_curves(clip, purified, orders: dict, class_features, task, row) -> dict:
-    """{order: {"dropped", "hold-out", "target"}}: accuracies without an order's first heads."""
+    """{order: {"dropped": numbers of dropped heads, "hold-out" and "target": accuracies there}}."""
     heads = len(orders["random"])
-    shares = np.linspace(0, 0.75, 9)
-    stops = {len(orders.get("by hand", [])), *(round(share * heads) for share in shares)}
+    stops = {len(orders.get("by hand", []))}
+    for share in np.linspace(0, 0.75, 9):
+        stops.add(round(share * heads))
     tests = {name: task.tests[name] for name in ("hold-out", "target")}
-
-    def measure(visual):
-        classify = common.clip_classifier(visual, class_features, row.precision)
-        accuracies = common.evaluate(classify, tests, row.device, row.workers)
-        return {name: accuracies[name] for name in tests}
-
     curves = {}
     for name, order in orders.items():
-        visual = purified if name == "adapt and drop" else clip.visual
-        curves[name] = drop_curve(visual, order, stops, measure)
+        visual = copy.deepcopy(purified if name == "adapt and drop" else clip.visual)
+        classify = common.clip_classifier(visual, class_features, row.precision)
+        curve = {"dropped": [], "hold-out": [], "target": []}
+        for dropped in range(len(order) + 1):
+            if dropped:
+                layer, head = divmod(int(order[dropped - 1]), head_grid(visual)[1])
+                silence(visual, layer, head)
+            if dropped in stops:
+                accuracies = common.evaluate(classify, tests, row.device, row.workers)
+                curve["dropped"].append(dropped)
+                for test in tests:
+                    curve[test].append(accuracies[test])
+        curves[name] = curve
     return curves
 
 
@@ -254,8 +237,7 @@ def study_attention(clip, purified, gates, class_features, task, seed: int, fold
     importance = head_importance(purified, *sample)  # (layers, heads)
     before = head_importance(clip.visual, *sample)
     heats = {"gate": gates, "importance in CLIP": before, "importance after": importance}
-    heats["difference"] = importance - before
-    centers = {**dict.fromkeys(heats, 0), "gate": 1}
+    centers = {"gate": 1, "importance in CLIP": 0, "importance after": 0}
     tables.plot_heats(heats, "head", "layer", folder / "importance.png", centers)
 
     (target,) = task.tests["target"].values()
@@ -310,17 +292,6 @@ def probe_accuracy(x, y, fitted, ridge: float = 1e-3) -> float:
     return correct.double().mean().item()
 
 
-def probe_labels(sets: list) -> dict[str, torch.Tensor]:
-    """Class and domain of all images, and what drawn images are made of: {name: (N,)}."""
-    parts = {}
-    for index, images in enumerate(sets):
-        domain = torch.full_like(images.labels, index)
-        labels = {"class": images.labels, "domain": domain, **images.attributes}
-        for name, values in labels.items():
-            parts.setdefault(name, []).append(values)
-    return {name: torch.cat(values) for name, values in parts.items()}
-
-
 def what_heads_carry(
     visual: nn.Module, domains: dict, seed: int, bandwidths=None, workers: int = 0
 ) -> tuple[dict[str, list], torch.Tensor]:
@@ -335,7 +306,12 @@ def what_heads_carry(
     sample = [images.subset(np.linspace(0, len(images) - 1, count)) for images in domains.values()]
     outputs = [common.outputs(encode, images, device, workers=workers) for images in sample]
     at_cls, means = torch.cat(outputs).unbind(3)  # (N, layers, heads, d) each
-    labels = probe_labels(sample)
+    labels = {
+        "class": torch.cat([images.labels for images in sample]),
+        "domain": torch.arange(len(domains)).repeat_interleave(count),
+    }
+    for name in sample[0].attributes:  # what drawn images are made of
+        labels[name] = torch.cat([images.attributes[name] for images in sample])
     of_sources = labels["domain"] < len(domains) - 1
     generator = torch.Generator().manual_seed(seed)
     fitted = torch.rand(len(at_cls), generator=generator) < 0.5
@@ -422,24 +398,21 @@ def correlations(record: dict) -> dict[str, dict]:
 def report_probes(records: list[dict], path) -> None:
     """Print rank correlations, averaged over runs, and draw them and all measures."""
     measures = list(records[0]["extra"]["heads"])
-    matrices = []
-    for record in records:
-        rows = correlations(record).values()
-        matrices.append([list(row.values()) for row in rows])
-    mean = np.mean(matrices, 0)  # (measures, measures)
-    cells = {}
-    for measure, row in zip(measures, mean):
-        cells[measure] = [f"{value:+.2f}" for value in row]
+    heats = {}
+    for measure in measures:
+        heats[measure] = np.mean([record["extra"]["heads"][measure] for record in records], 0)
+    centers = {"without it, hold-out": 0, "without it, target": 0, "gate": 1}  # white
+    tables.plot_heats(heats, "head", "layer", f"{path}-carry.png", centers)
+    of_runs = [correlations(record) for record in records]
+    mean, cells = [], {}
+    for one in measures:
+        row = [np.mean([rows[one][other] for rows in of_runs]) for other in measures]
+        mean.append(row)
+        cells[one] = [f"{value:+.2f}" for value in row]
     title = "rank correlation over heads"
     print("\n" + tables.format_table(title, measures, cells))
     names = (measures, measures)
     tables.plot_heat(mean, title, "", "", f"{path}-correlation.png", center=0, names=names)
-    heats = {}
-    for measure in measures:
-        values = [record["extra"]["heads"][measure] for record in records]
-        heats[measure] = np.mean(values, 0)
-    centers = {"without it, hold-out": 0, "without it, target": 0, "gate": 1}  # white
-    tables.plot_heats(heats, "head", "layer", f"{path}-carry.png", centers)
 
 
 def by_dropped(record: dict, test: str) -> dict[str, dict]:
@@ -474,9 +447,8 @@ def exporting_run(model: str) -> dict | None:
 
 def flags_of(run: dict) -> list[str]:
     """The flags that give a run's model, data and last row."""
-    settings = run["settings"]
-    flags = {key: settings[key] for key in ("model", "pretrained", "dataset", "cue")}
-    flags |= {"target": run["target"], "seeds": run["seed"], "modes": settings["modes"][-1]}
+    flags = {key: run["settings"][key] for key in ("model", "pretrained", "dataset", "cue")}
+    flags |= {"target": run["target"], "seeds": run["seed"], "modes": run["settings"]["modes"][-1]}
     words = []
     for name, value in flags.items():
         if value is not None:
@@ -490,9 +462,7 @@ def settings(argv=None) -> tuple:
     usage = "python notebooks/head_study.py [--flag value ...]"
     text = "All other flags (--dataset, --epochs, ...) are headpurify.py's: see its --help."
     parser = runs.Parser(usage=usage, description=__doc__, epilog=text, **form)
-    only = {"nargs": "+", "choices": PARTS, "default": PARTS, "metavar": "PART"}
-    text = f"parts of the study: {', '.join(PARTS)} (default: all)"
-    parser.add_argument("--only", help=text, **only)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     runs.flag(parser, "drop", [str], None, "LAYER.HEAD ..., heads to drop by hand in the curves")
     own, others = parser.parse_known_args(argv)
     args, rows = headpurify.settings(["--modes", "zero-shot", headpurify.OURS, *others])
@@ -532,9 +502,8 @@ def study(args, rows: dict, clip, task, run, seed: int) -> None:
         orders = drop_orders(args, clip, gates, class_features, task, row, seed)
         run.extra["drop"] = drop_curves(clip, purified, orders, class_features, task, row)
     if "attention" in args.only:
-        towers = clip, purified
-        numbers = study_attention(*towers, gates, class_features, task, seed, run.folder)
-        run.extra["attention"] = numbers
+        parts = clip, purified, gates, class_features, task
+        run.extra["attention"] = study_attention(*parts, seed, run.folder)
 
 
 def main():
@@ -544,12 +513,10 @@ def main():
     clip = common.load_clip(args.model, args.pretrained, args.device, args.precision)
     headpurify.blocks(clip.visual)  # is this a ViT?
     head_indices(clip.visual, args.drop)  # are these heads?
-    domains = common.load_domains(args.dataset, args.data_root, args.seeds[0], args.cue)
-    targets = common.choose_targets(args.target, [domain.name for domain in domains])
     records = []
     for seed in args.seeds:
-        if args.dataset.startswith("tiny-") and seed != args.seeds[0]:  # real data have no seed
-            domains = common.load_domains(args.dataset, args.data_root, seed, args.cue)
+        domains = common.load_domains(args.dataset, args.data_root, seed, args.cue)
+        targets = common.choose_targets(args.target, [domain.name for domain in domains])
         for target in targets:
             print(f"\n{args.dataset}, target {target}, seed {seed}", flush=True)
             run = runs.Run(args, target, seed)

@@ -1,6 +1,7 @@
 """Single heads, against PyTorch's own attention, hooks, slow loops and planted answers."""
 
 import copy
+import functools
 import json
 
 import numpy as np
@@ -19,19 +20,12 @@ def visual():
 
 
 @pytest.fixture
-def two_layers(visual):
-    visual.transformer.resblocks = visual.transformer.resblocks[:2]
-    return visual
-
-
-@pytest.fixture
 def images():
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 # ---------- One head -----------------------------------------------------------------------------
 def test_contributions_of_all_heads_are_what_attention_adds(visual, images):
-    """At the CLS token, and averaged over tokens: with the bias, nn.MultiheadAttention's output."""
     outputs = head_study.head_outputs(visual, images)
     assert outputs.shape == (5, 6, 6, 2, 16)
     for layer, (attention, z) in enumerate(head_study.attention_inputs(visual, images)):
@@ -69,37 +63,29 @@ def hooked_tower(visual, layer, head, mean):
 
 def test_an_ablated_head_has_the_same_output_for_every_image(visual, images):
     """As a hook does that overwrites it; afterwards the tower is, to the bit, as before."""
-    mean = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    means = torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1))
     before = visual(images)
-    for output in (mean, torch.zeros(16), None):
-        hooked = hooked_tower(visual, 3, 2, torch.zeros(16) if output is None else output)
-        with pytest.raises(KeyError), head_study.ablated(visual, 3, 2, output):
+    for mean in (means[3, 2], None):
+        hooked = hooked_tower(visual, 3, 2, torch.zeros(16) if mean is None else mean)
+        with pytest.raises(KeyError), head_study.ablated(visual, 3, 2, mean):
             ablated = visual(images)
             raise KeyError
         assert torch.allclose(ablated, hooked(images), atol=1e-5)
         assert not torch.allclose(ablated, before, atol=1e-3)
         assert torch.equal(visual(images), before)
 
+    directions = torch.randn(64, 1000, generator=torch.Generator().manual_seed(2))  # of classes
 
-def test_predictions_are_those_of_towers_with_a_head_less(visual, small_world):
-    """Three heads of different layers, each in a copy of its own, tested as any tower is."""
-    domain = common.load_domains("tiny-pacs", seed=1000)[0].balanced
-    clip = common.load_clip("tiny")
-    pixels = domain.transformed(clip.preprocess).subset(range(0, 28, 2))
-    class_features = clip.class_features(pixels.classes)
-    mean = torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1))
+    def classify(tower, images):
+        return (tower(images) - before.mean(0)) @ directions
 
-    def classifier(tower):
-        return common.clip_classifier(tower, class_features)
-
-    predict = head_study.predictions_without_each(visual, mean, classifier(visual))
-    predictions = common.outputs(predict, pixels)  # (N, 1 + 36)
-    assert torch.equal(predictions[:, 0], common.outputs(classifier(visual), pixels).argmax(1))
+    classify_it = functools.partial(classify, visual)
+    predictions = head_study.predictions_without_each(visual, means, classify_it)(images)
+    assert (predictions != predictions[:, :1]).any(0).sum() > 30
     for layer, head in ((0, 5), (3, 2), (5, 0)):
-        without = hooked_tower(visual, layer, head, mean[layer, head])
-        expected = common.outputs(classifier(without), pixels).argmax(1)
+        hooked = hooked_tower(visual, layer, head, means[layer, head])
+        expected = classify(hooked, images).argmax(1)
         assert torch.equal(predictions[:, 1 + 6 * layer + head], expected)
-    assert (predictions != predictions[:, :1]).any(0).sum() > 10
 
 
 # ---------- Importance, and orders in which heads are dropped ------------------------------------
@@ -116,25 +102,26 @@ def loss_with_gates(visual, off, class_features, scale, images, labels):
     return F.cross_entropy(logits, labels).item()
 
 
-def test_importance_and_greedy_order_are_those_of_a_loop_over_gates(two_layers, images):
+def test_importance_and_greedy_order_are_those_of_a_loop_over_gates(visual, images):
     """A head that is taken out is one whose gate is 0."""
+    visual.transformer.resblocks = visual.transformer.resblocks[:2]
     class_features = F.normalize(torch.randn(4, 64), dim=-1)
     sample = class_features, 10, images, torch.tensor([0, 1, 2, 3, 0])
-    importance = head_study.head_importance(two_layers, *sample)
-    before = loss_with_gates(two_layers, [], *sample)
+    importance = head_study.head_importance(visual, *sample)
+    before = loss_with_gates(visual, [], *sample)
     for layer, head in np.ndindex(2, 6):
-        expected = loss_with_gates(two_layers, [(layer, head)], *sample) - before
+        expected = loss_with_gates(visual, [(layer, head)], *sample) - before
         assert importance[layer, head].item() == pytest.approx(expected, abs=1e-5)
     dropped = []
     for _ in range(3):
         losses = {}
         for head in set(np.ndindex(2, 6)) - set(dropped):
-            losses[head] = loss_with_gates(two_layers, [*dropped, head], *sample)
+            losses[head] = loss_with_gates(visual, [*dropped, head], *sample)
         dropped.append(min(losses, key=losses.get))
-    order = head_study.greedy_order(two_layers, 3, *sample).tolist()
+    order = head_study.greedy_order(visual, 3, *sample).tolist()
     assert order == [layer * 6 + head for layer, head in dropped]
     names = [f"{layer + 1}.{head + 1}" for layer, head in dropped]
-    assert head_study.head_indices(two_layers, names) == order
+    assert head_study.head_indices(visual, names) == order
 
 
 # ---------- Probes and rank correlation ----------------------------------------------------------
@@ -154,18 +141,8 @@ def test_probe_is_least_squares_on_the_fitted_half():
     arguments = torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(fitted)
     assert head_study.probe_accuracy(*arguments, ridge=2) == pytest.approx(correct.mean())
     assert 0.4 < correct.mean() < head_study.probe_accuracy(*arguments)
-
-
-def test_probe_finds_what_is_there_and_nothing_else():
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(800) % 4
-    fitted = torch.rand(800, generator=generator) < 0.5
-    x = torch.randn(800, 6, generator=generator)
-    assert head_study.probe_accuracy(x, y, fitted) < 0.35  # chance: 0.25
-    x[:, :4] += 20 * torch.eye(4)[y]
-    assert head_study.probe_accuracy(x, y, fitted) == 1
-    constant = torch.ones(800, 3)
-    assert head_study.probe_accuracy(constant, y, fitted) < 0.35
+    constant = torch.ones(300, 3)
+    assert head_study.probe_accuracy(constant, *arguments[1:]) < 0.35  # chance: 0.25
 
 
 def test_rank_correlation_by_its_definition():
@@ -201,84 +178,40 @@ def test_a_planted_head_is_found(visual):
 
 
 # ---------- The command --------------------------------------------------------------------------
-@pytest.fixture
-def small_samples(monkeypatch):
-    """Importance is measured on a few images."""
+def test_probes_then_attention_of_the_exported_tower(call_main, small_world, monkeypatch, tmp_path):
     sample = head_study.source_sample
     monkeypatch.setattr(head_study, "source_sample", lambda *rest: sample(*rest[:-1], 2))
-
-
-def record_of(folder):
-    (path,) = folder.glob("head_study/*/result.json")
-    return json.loads(path.read_text())
-
-
-def test_probes_and_an_exported_tower(call_main, small_world, small_samples, tmp_path):
-    """Probes of a trained tower; then attention of the tower that this run exported."""
     flags = "--only probes --epochs 1 --batch-size 28 --target photo --summary heads.json"
-    out = call_main(head_study.main, flags)
-    record = record_of(tmp_path / "runs")
+    call_main(head_study.main, flags)
+    (path,) = tmp_path.glob("runs/head_study/*/result.json")
+    record = json.loads(path.read_text())
     carried = record["extra"]["heads"]
     probes = [f"probe {name}" for name in ("class", "domain", "background", "color")]
     tests = ["without it, hold-out", "without it, target"]
     assert list(carried) == [*probes, "MMD", *tests, "gate"]
     assert all(np.shape(values) == (6, 6) for values in carried.values())
     assert carried["gate"] == record["extra"]["ha-lora+dig"]["gates"]
-    images = 7 * 4  # a gain is a number of images of the target
-    counts = np.array(carried["without it, target"]) * images
+    counts = np.array(carried["without it, target"]) * 7 * 4  # a gain is a number of images
     assert np.allclose(counts, counts.round(), atol=1e-6) and np.abs(counts).max() >= 1
-    table = out[out.index("rank correlation over heads") :].split("\n\n")[0].splitlines()
-    rows = head_study.correlations(record)
-    line = next(line for line in table if line.startswith("gate"))
-    assert line.split()[1:] == [f"{value:+.2f}" for value in rows["gate"].values()]
     for name in ("heads.json", "heads-carry.png", "heads-correlation.png"):
         assert (tmp_path / name).is_file()
 
-    (model,) = tmp_path.glob("runs/head_study/*/model")
-    flags = "--only attention --output again --model local-dir:"
-    out = call_main(head_study.main, f"{flags}{model}")
-    assert "trained" not in out
-    again = record_of(tmp_path / "again")
+    flags = f"--only attention --output again --model local-dir:{path.parent / 'model'}"
+    call_main(head_study.main, flags)
+    (path,) = tmp_path.glob("again/head_study/*/result.json")
+    again = json.loads(path.read_text())
     assert again["target"] == "photo" and again["rows"] == record["rows"]
     assert again["extra"]["ha-lora+dig"] == record["extra"]["ha-lora+dig"]
-    attention = again["extra"]["attention"]
-    assert np.shape(attention["importance"]) == np.shape(attention["importance CLIP"]) == (6, 6)
-    assert np.shape(attention["last layer, CLIP"]) == (6, 8, 8)
+    assert np.shape(again["extra"]["attention"]["last layer, CLIP"]) == (6, 8, 8)
     for name in ("attention.png", "importance.png"):
-        assert len(list(tmp_path.glob(f"again/head_study/*/{name}"))) == 1
-
-
-@pytest.mark.slow
-def test_dropped_heads(call_main, small_world, small_samples, tmp_path):
-    """Every order starts at the undisturbed model, and stops also where the hand stopped."""
-    flags = "--only curves --epochs 1 --batch-size 40 --drop 6.2 1.1 --summary drop.json"
-    out = call_main(head_study.main, flags)
-    record = record_of(tmp_path / "runs")
-    drop = record["extra"]["drop"]
-    chosen = ["ranked on sources", "greedy on sources", "gates on frozen CLIP"]
-    assert list(drop) == ["random", "by hand", *chosen, "adapt and drop"]
-    assert drop["greedy on sources"]["dropped"] == [0, 2, 3, 7]
-    assert drop["by hand"]["dropped"] == [0, 2]
-    assert drop["random"]["dropped"] == [0, 2, 3, 7, 10, 14, 17, 20, 24, 27]
-    for test in ("hold-out", "target"):
-        table = out[out.index(f"{test}, %, heads dropped:") :].split("\n\n")[0]
-        lines = {line[:20].strip(): line[20:].split() for line in table.splitlines()}
-        assert lines["by hand"][2:] == ["-"] * 8
-        for order, row in (("random", "zero-shot"), ("adapt and drop", "ha-lora+dig")):
-            accuracies = drop[order][test]
-            assert accuracies[0] == pytest.approx(record["rows"][row][test])
-            assert lines[order] == [f"{100 * accuracy:.1f}" for accuracy in accuracies]
-    assert (tmp_path / "drop-curves.png").is_file()
+        assert (path.parent / name).is_file()
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         ("--drop 7.2", "--drop 7.2: heads are 1.1 ... 6.6"),
-        ("--drop two", "--drop two"),
         ("--modes lora", "the last row needs gates"),
-        ("--only heads", "--only"),
-        ("--epoch 3", "--epoch"),
     ],
 )
 def test_wrong_flags_are_one_line(call_main, flags, words):
