@@ -1,8 +1,9 @@
 """What the methods' extras cost, as ratios of two ways that take turns in one run.
 
-Taking turns slows both ways alike on a busy machine.
+Taking turns slows both ways alike on a busy machine. Operations, and those for which a GPU would be
+waited for, are counted on a CPU, under bf16 autocast as on a GPU.
 
-    python tests/bench.py headpurify | clipood | vit_diverse | ldfs
+    python tests/bench.py headpurify | clipood | vit_diverse | ldfs | reading
     python tests/bench.py --gpu         # training steps with ViT-B/16: results/speed-<GPU>.json
 """
 
@@ -12,22 +13,25 @@ import functools
 import logging
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training_steps import STEPS, make_batch
+from training_steps import STEPS, make_batch, operations
 
 import common
 import headpurify
 import ldfs
 import vit_diverse
-from clipood import BetaMovingAverage
+from clipood import BetaMovingAverage, margin_metric_softmax
 from support import InputError, runs, slug
 
 
@@ -45,9 +49,19 @@ def median_seconds(ways: dict, repeats: int, wait=lambda: None) -> dict[str, flo
     return {name: statistics.median(measured[1:]) for name, measured in seconds.items()}
 
 
+def print_operations(name: str) -> None:
+    """Of a training step, with ViT-B/16's layers, beside the one it is compared with."""
+    _, other = STEPS[name]
+    counted, reference = operations(name), operations(other)
+    ratio = counted.launched / reference.launched
+    print(f"{name}: {counted.launched:,} operations in a step, {counted.waits} of them wait")
+    print(f"  {ratio:.2f} of {other}'s {reference.launched:,}")
+
+
 # ---------- headpurify ---------------------------------------------------------------------------
 def bench_headpurify(repeats: int) -> None:
     """A purification step with both gradients beside full fine-tuning, merged beside CLIP."""
+    print_operations("headpurify")
     for name in ("tiny", "ViT-B-32"):
         torch.manual_seed(0)
         clip = common.load_clip("tiny").model if name == "tiny" else open_clip.create_model(name)
@@ -76,10 +90,20 @@ def bench_purification(name: str, tower, repeats: int) -> None:
 # ---------- clipood ------------------------------------------------------------------------------
 def bench_clipood(repeats: int) -> None:
     """The running average beside a training step: ViT-B-32, random weights, batch 36."""
+    print_operations("clipood")
     torch.manual_seed(0)
     tower = open_clip.create_model("ViT-B-32").visual
-    step = STEPS["full"][0](tower, make_batch(tower, 36), "--device cpu --precision fp32")
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=5e-6, weight_decay=0.1)
+    batch = make_batch(tower, 36)
     average = BetaMovingAverage(tower, steps=5000, beta=0.5)
+
+    def step():
+        features = F.normalize(tower(batch.images), dim=-1)
+        loss = margin_metric_softmax(features, batch.class_features, batch.labels, 100, 0.3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
     ways = {"step": step, "update": lambda: average.update(tower)}
     seconds = median_seconds(ways, repeats)
     share = 100 * seconds["update"] / seconds["step"]
@@ -89,11 +113,16 @@ def bench_clipood(repeats: int) -> None:
 
 # ---------- vit_diverse --------------------------------------------------------------------------
 def bench_vit_diverse(repeats: int) -> None:
-    """The regulariser in one call against one for every head."""
+    """The regulariser in one call against one for every head; all subsets of 12 heads."""
+    print_operations("vit_diverse")
     for heads in (4, 12):
         torch.manual_seed(0)
         model = vit_diverse.DiverseViT((64, 32), 4, 2, dim=64, depth=6, heads=heads, mlp_dim=128)
         bench_regulariser(model, repeats)
+    outputs, labels = torch.randn(1200, 12, 64), torch.randint(2, (1200,))
+    ways = {"search": lambda: vit_diverse.select_heads(model, outputs, labels)}
+    seconds = median_seconds(ways, 1)["search"]
+    print(f"4,095 subsets of 12 heads over 1,200 images: {seconds:.1f} s")
 
 
 def one_call(model, tokens):
@@ -147,6 +176,7 @@ def bench_regulariser(model, repeats: int) -> None:
 # ---------- ldfs ---------------------------------------------------------------------------------
 def bench_ldfs(repeats: int) -> None:
     """Directions of a batch at once against a loop over its samples, as in LADS' code."""
+    print_operations("ldfs, features")
     torch.manual_seed(0)
     features, source, target, mapped = F.normalize(torch.randn(4, 256, 512), dim=-1)
     mapped = mapped.clone().requires_grad_()
@@ -167,13 +197,45 @@ def bench_ldfs(repeats: int) -> None:
     print(f"direction loss of 256 samples, a loop over them / all at once: {ratio:.0f}")
 
 
+# ---------- Reading ------------------------------------------------------------------------------
+def draw_photos(folder: Path, count: int) -> list[str]:
+    """JPEGs of 500 x 400 with colours and detail at all scales, as photographs have."""
+    rng = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        picture = np.zeros((400, 500, 3))
+        for side in (3, 12, 50, 200):
+            coarse = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            picture += np.asarray(Image.fromarray(coarse).resize((500, 400))) / 4
+        files.append(f"{folder}/{number}.jpg")
+        Image.fromarray(picture.astype(np.uint8)).save(files[-1], quality=90)
+    return files
+
+
+def bench_reading(repeats: int) -> None:
+    """Training batches for ViT-B-16 from 512 JPEGs, read by one process."""
+    augment = common.image_transform(open_clip.create_model("ViT-B-16"), train=True)
+    augment.normalize = torch.Tensor.detach  # as it is: the rest is a GPU's work
+    with tempfile.TemporaryDirectory() as folder:
+        files, labels = np.array(draw_photos(Path(folder), 512)), torch.zeros(512).long()
+        images = common.ImageSet(files, labels, ("any",), transform=augment)
+
+        def epoch():
+            for _ in common.source_batches({"photos": images}, 32, seed=0, stop=16, workers=1):
+                pass
+
+        seconds = median_seconds({"epoch": epoch}, repeats)["epoch"]
+    print(f"{512 / seconds:.0f} JPEGs a second and core")
+
+
 # ---------- On a GPU -----------------------------------------------------------------------------
 def bench_gpu(repeats: int) -> None:
     """Training steps of all methods with ViT-B/16, random weights, images made on the GPU."""
     if not torch.cuda.is_available():
         raise InputError("--gpu: PyTorch sees no GPU here")
     tower = open_clip.create_model("ViT-B-16").visual.to("cuda")
-    compare_speeds(tower, (36, 256), "cuda", torch.cuda.get_device_name(), "bf16", repeats)
+    precision = runs.pick_precision("auto", torch.device("cuda"))
+    compare_speeds(tower, (36, 256), "cuda", torch.cuda.get_device_name(), precision, repeats)
 
 
 def compare_speeds(tower, sizes, device: str, name: str, precision: str, repeats: int) -> None:
@@ -228,6 +290,7 @@ BENCHES = {
     "clipood": bench_clipood,
     "vit_diverse": bench_vit_diverse,
     "ldfs": bench_ldfs,
+    "reading": bench_reading,
 }
 
 
