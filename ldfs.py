@@ -283,8 +283,7 @@ def encode(clip, images, workers, cache):
     which all runs of a command share. Images are read nowhere else."""
     key = np.asarray(images.images).tobytes()
     if key not in cache:
-        features = clip.encode(images, workers)
-        cache[key] = features.to(clip.device)
+        cache[key] = clip.encode(images, workers).to(clip.device)
     return Features(images, cache[key], images.labels.to(clip.device))
 
 
@@ -505,7 +504,6 @@ ROWS = {
     "lads": f"{NOT_LDFS} --direction global --consistency 1 --mapper lads",
     "ldfs": "",
 }
-MODES = list(ROWS)
 # --finetune: learning rate with the tiny CLIP (chosen on source hold-outs), with others (untested)
 LEARNING_RATES = {
     "probe": (3e-3, 1e-3),
@@ -559,7 +557,7 @@ def parsers() -> tuple:
     row.add_argument("--zero-shot", action="store_true")
 
     datasets = [*common.dataset_names("domains"), *captions.WATERBIRDS]
-    command = runs.command_parser("ldfs", __doc__, method, datasets, ROWS, MODES, STUDIES)
+    command = runs.command_parser("ldfs", __doc__, method, datasets, ROWS, list(ROWS), STUDIES)
     flag = functools.partial(runs.flag, command.add_argument_group("of all rows"))
     text = "labelled domain, or all in turn (officehome: Real World; domainnet, -mini: sketch)"
     flag("source", str, "photo", text)
@@ -574,9 +572,7 @@ def preset(args) -> dict:
     sources = {"officehome": "Real World", "domainnet": "sketch", "domainnet-mini": "sketch"}
     defaults = {"source": sources.get(args.dataset, "photo")}
     if args.dataset in captions.WATERBIRDS:
-        defaults["source"] = "usual places"
-    if args.dataset == "tiny-waterbirds":
-        defaults["cue"] = 0.95
+        defaults = {"source": "usual places", "cue": 0.95}
     if args.model == "tiny":
         defaults["sigma"] = 0.1
     if args.caption_file:
