@@ -514,7 +514,7 @@ def settings(argv=None) -> tuple:
     """The command line, or argv, and {row: its settings}."""
     command, row_parser = parsers()
     args = runs.read_command(command, preset, STUDIES, argv)
-    return args, runs.read_rows(row_parser, args, ROWS)
+    return args, {text: runs.read_row(row_parser, args, ROWS, text) for text in args.modes}
 
 
 # ---------- Figure 4 -----------------------------------------------------------------------------

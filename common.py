@@ -625,26 +625,7 @@ def load_clip(
     """
     if name == "tiny":
         name = f"local-dir:{TINY_CLIP}"
-    quick_gelu = False
-    if ":" not in name:
-        pretrained = pretrained or "openai"
-        check_weights(name, pretrained)
-        tag = open_clip.get_pretrained_cfg(name, pretrained) or {}  # a file has none
-        quick_gelu = bool(tag.get("quick_gelu", False))
-    if not name.startswith("local-dir:") and not Path(pretrained or "").is_file():
-        try_hub()
-    logging.disable(logging.ERROR)  # a failing download would say the same thirty times
-    try:
-        options = {"force_quick_gelu": quick_gelu, "require_pretrained": True}
-        model = open_clip.create_model(name, pretrained, **options)
-        model_config = open_clip.get_model_config(name)
-        tokenizer = tiny_clip.tokenizer_of(name, model)
-    except Exception as error:  # hub, file system and deserialiser fail in ways of their own
-        where = f"{name} ({pretrained or 'its folder'})"
-        raise InputError(f"cannot load the weights of {where}: {reason(error)}\n  {HINT}") from None
-    finally:
-        logging.disable(logging.NOTSET)
-    model_config["quick_gelu"] = quick_gelu or model_config.get("quick_gelu", False)
+    model, tokenizer, model_config = create_model(name, pretrained)
     preprocess_config = open_clip.get_model_preprocess_cfg(model)
     if interpolation:
         preprocess_config = {**preprocess_config, "interpolation": interpolation}
@@ -665,6 +646,32 @@ def load_clip(
         precision=precision,
         config=config,
     )
+
+
+def create_model(name: str, pretrained: str | None) -> tuple:
+    """open_clip's model with its weights, its tokenizer and its "model_cfg". Args, Raises: as of
+    `load_clip`."""
+    quick_gelu = False
+    if ":" not in name:
+        pretrained = pretrained or "openai"
+        check_weights(name, pretrained)
+        tag = open_clip.get_pretrained_cfg(name, pretrained) or {}  # a file has none
+        quick_gelu = bool(tag.get("quick_gelu", False))
+    if not name.startswith("local-dir:") and not Path(pretrained or "").is_file():
+        try_hub()
+    logging.disable(logging.ERROR)  # a failing download is logged thirty times
+    try:
+        options = {"force_quick_gelu": quick_gelu, "require_pretrained": True}
+        model = open_clip.create_model(name, pretrained, **options)
+        config = open_clip.get_model_config(name)
+        tokenizer = tiny_clip.tokenizer_of(name, model)
+    except Exception as error:  # hub, file system and deserialiser fail in ways of their own
+        where = f"{name} ({pretrained or 'its folder'})"
+        raise InputError(f"cannot load the weights of {where}: {reason(error)}\n  {HINT}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    config["quick_gelu"] = quick_gelu or config.get("quick_gelu", False)
+    return model, tokenizer, config
 
 
 HINT = (

@@ -494,7 +494,7 @@ def settings(argv=None) -> tuple:
     """The command line, or argv, and {row: its settings}."""
     command, row_parser = parsers()
     args = runs.read_command(command, preset, STUDIES, argv)
-    rows = runs.read_rows(row_parser, args, ROWS)
+    rows = {text: runs.read_row(row_parser, args, ROWS, text) for text in args.modes}
     for name, row in rows.items():
         if row.prompt == "file" and not args.class_features:
             raise common.InputError(f"--modes {name} needs --class-features FILE.npy")

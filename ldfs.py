@@ -586,7 +586,7 @@ def settings(argv=None) -> tuple:
     command, row_parser = parsers()
     args = runs.read_command(command, preset, STUDIES, argv)
     args.descriptions = captions.read_descriptions(args.dataset, args.descriptions)
-    rows = runs.read_rows(row_parser, args, ROWS)
+    rows = {text: runs.read_row(row_parser, args, ROWS, text) for text in args.modes}
     for row in rows.values():
         if row.captioner == "file" and not row.caption_file:
             raise common.InputError("--captioner file needs --caption-file, JSON {path: caption}")

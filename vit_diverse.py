@@ -589,7 +589,7 @@ def settings(argv=None) -> tuple:
     args = runs.read_command(command, preset, STUDIES, argv)
     if args.study == "lambda":
         args.modes = lambda_rows(getattr(args, "lambda"))
-    return args, runs.read_rows(row_parser, args, ROWS)
+    return args, {text: runs.read_row(row_parser, args, ROWS, text) for text in args.modes}
 
 
 # ---------- main ---------------------------------------------------------------------------------

@@ -172,11 +172,6 @@ def read_command(parser: Parser, preset: Callable, studies: dict, argv=None) -> 
     return args
 
 
-def read_rows(parser: Parser, args: argparse.Namespace, rows: dict[str, str]) -> dict:
-    """{row: its settings} of --modes. rows: {name: the flags that make it this row}."""
-    return {text: read_row(parser, args, rows, text) for text in args.modes}
-
-
 def read_row(parser: Parser, args: argparse.Namespace, rows: dict, text: str):
     """A row's settings: the command's, then what makes it this row, then its own.
 

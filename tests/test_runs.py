@@ -1,5 +1,6 @@
 """Flags and rows, and what a run leaves on disk: finished, interrupted, killed, on a full disk."""
 
+import contextlib
 import json
 import os
 import random
@@ -144,13 +145,15 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(args, wrong_files, name
 
 
 # ---------- A disk that is full ------------------------------------------------------------------
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """From now on no file may grow beyond a size."""
+    """Inside no file may grow beyond a size; pytest itself may be writing to one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 NUMBERS = np.arange(20_000.0)  # 160 kB
@@ -165,13 +168,13 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_file_is_replaced_whole_or_not_at_all(name, tmp_path, request):
+def test_a_file_is_replaced_whole_or_not_at_all(name, tmp_path):
     path = tmp_path / "folder" / name
     WRITERS[name](path)
     before = path.read_bytes()
     assert len(before) > 5_000
-    request.getfixturevalue("full_disk")
-    with pytest.raises(InputError, match=f"^cannot write .*{name}: .*(too large|written)"):
+    expected = f"^cannot write .*{name}: .*(too large|written)"
+    with pytest.raises(InputError, match=expected), full_disk():
         WRITERS[name](path)
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
 
