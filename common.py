@@ -149,7 +149,7 @@ def load_domains(name: str, root="data", seed: int = 0, cue: float = 0.4) -> lis
         root: the folder that holds the benchmarks' folders.
         seed, cue: of tiny sets: which images are drawn, and how often (0 ... 1) a training image
             stands on its class's own background; 1/8 is independence.
-    Raises: InputError for an unknown name, or a folder that is missing or not in the layout.
+    Raises: InputError for a folder that is missing or not in the layout.
     """
     if name in TINY_BENCHMARKS:
         return [tiny_domain(name, domain, seed, cue) for domain in tiny_world.TINY_DOMAINS]
@@ -170,8 +170,7 @@ def load_parts(name: str, root="data", seed=0, cue=0.95, download=False) -> dict
     Args:
         seed, cue: of what is drawn or composed.
         download: fetch MNIST and CIFAR-10 if missing.
-    Raises: InputError for an unknown name, or if the folder, its lists or its images are missing or
-        not in the layout.
+    Raises: InputError if the folder, its lists or its images are missing or not in the layout.
     """
     if name == "tiny-waterbirds":
         drawn = tiny_world.draw_waterbirds(seed, cue)
