@@ -154,8 +154,7 @@ def load_domains(name: str, root="data", seed: int = 0, cue: float = 0.4) -> lis
     if name in TINY_BENCHMARKS:
         return [tiny_domain(name, domain, seed, cue) for domain in tiny_world.TINY_DOMAINS]
     if name.startswith("folder:"):
-        path = Path(name.removeprefix("folder:")).expanduser()
-        sets = image_sets(*benchmarks.read_own_folders(path))
+        sets = image_sets(*benchmarks.read_own_folders(name.removeprefix("folder:")))
     else:
         sets = image_sets(*benchmarks.read_dataset(name, root))
     if name == "domainnet-mini":  # which has a test list for every domain
