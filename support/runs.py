@@ -347,6 +347,8 @@ class Run:
             raise InputError(f"--resume: {file} has other settings ({'; '.join(changes)}); {hint}")
         self.record, self.state = record, state
         self.finished = file == self.result
+        if self.finished:
+            remove(self.checkpoint)  # which a kill may have left
         print(f"--resume: found {file}", flush=True)
 
 
