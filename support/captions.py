@@ -1,8 +1,8 @@
 """Captions for LDFS: what an image shows, in words such as "red dog on grass".
 
-LDFS puts captions into descriptions of domains such as "a photo of a {}". The paper uses a
-captioning model, CoCa. Here captions can come from CLIP's nearest phrases, from CoCa, or from a
-file. `clip` is a `Clip` of common.py.
+LDFS puts captions into descriptions of domains such as "a photo of a {}". The paper
+uses a captioning model and does not say which, as far as we know. Here captions come from CLIP's
+nearest phrases, from CoCa, or from a file. `clip` is a `Clip` of common.py.
 """
 
 from __future__ import annotations
