@@ -48,13 +48,13 @@ from support import (
     did_you_mean,
     parallel,
     prompts,
-    reason,
     runs,
     slug,
     tables,
     tiny_clip,
     tiny_world,
     vit,
+    why_not_loaded,
 )
 
 
@@ -665,7 +665,9 @@ def create_model(name: str, pretrained: str | None) -> tuple:
         tokenizer = tiny_clip.tokenizer_of(name, model)
     except Exception as error:  # hub, file system and deserialiser fail in ways of their own
         where = f"{name} ({pretrained or 'its folder'})"
-        raise InputError(f"cannot load the weights of {where}: {reason(error)}\n  {HINT}") from None
+        raise InputError(
+            f"cannot load the weights of {where}: {why_not_loaded(error)}\n  {HINT}"
+        ) from None
     finally:
         logging.disable(logging.NOTSET)
     config["quick_gelu"] = quick_gelu or config.get("quick_gelu", False)

@@ -27,18 +27,22 @@ def slug(text: str) -> str:
     return re.sub(r"(?:[^\w.-]|_)+", "_", text.lower()).strip("_")
 
 
-# what readers of tensors raise for a file that is something else
-NO_TENSORS = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError)
-
-
 def reason(error: Exception) -> str:
-    """Why something failed, in one line: the system's words where an OSError is at the bottom, and
-    without PyTorch's advice to load weights unsafely."""
-    if isinstance(error, NO_TENSORS) or "weights_only" in str(error):
-        return "no file of tensors alone; a pickle that could run code is not loaded"
-    if "loading state_dict" in str(error):
-        return "its weights are not those of this model"
+    """Why something failed, in one line: the system's words where an OSError is at the bottom."""
     while not isinstance(error, OSError) and error.__context__:
         error = error.__context__
     text = getattr(error, "strerror", None) or str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+# what readers of tensors raise for a file that is something else
+NO_TENSORS = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError)
+
+
+def why_not_loaded(error: Exception) -> str:
+    """`reason` for weights and checkpoints, without PyTorch's advice to load them unsafely."""
+    if isinstance(error, NO_TENSORS) or "weights_only" in str(error):
+        return "no file of tensors alone; a pickle that could run code is not loaded"
+    if "loading state_dict" in str(error):
+        return "its weights are not those of this model"
+    return reason(error)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from support import ASSETS, InputError, reason, slug
+from support import ASSETS, InputError, slug, why_not_loaded
 from support.benchmarks import read_image
 from support.runs import ONE_PLACE, has_one_place
 
@@ -183,7 +183,9 @@ def coca_captions(
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # downloads, files and formats fail in ways of their own
         hint = "Offline? Use --captioner retrieval, or file with captions made elsewhere."
-        raise InputError(f"cannot load {name} ({pretrained}): {reason(error)}\n  {hint}") from error
+        raise InputError(
+            f"cannot load {name} ({pretrained}): {why_not_loaded(error)}\n  {hint}"
+        ) from error
     finally:
         logging.disable(logging.NOTSET)
     model.eval()

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from support import InputError, did_you_mean, reason, slug
+from support import InputError, did_you_mean, reason, slug, why_not_loaded
 from support.parallel import init_process_group, local_rank, rank, world_size
 
 
@@ -337,7 +337,9 @@ class Run:
             record, settings, state = saved["record"], saved["settings"], saved["state"]
         except Exception as error:  # a file of another kind can raise anything
             hint = "remove it, or leave --resume out"
-            raise InputError(f"--resume: cannot read {file}: {reason(error)}; {hint}") from None
+            raise InputError(
+                f"--resume: cannot read {file}: {why_not_loaded(error)}; {hint}"
+            ) from None
         changes = []
         for key, value in self.settings.items():
             if settings.get(key) != value:

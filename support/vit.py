@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from support import InputError, reason
+from support import InputError, why_not_loaded
 
 
 # ---------- Layers -------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def torchvision_vit(pretrained: str | None) -> nn.Module:
             state = torch.load(pretrained, map_location="cpu", weights_only=True)
             vit.load_state_dict(state)
     except Exception as error:  # downloads, files and formats fail in ways of their own
-        wrong = f"cannot load vit_b_16's weights {pretrained or weights}: {reason(error)}"
+        wrong = f"cannot load vit_b_16's weights {pretrained or weights}: {why_not_loaded(error)}"
         hint = "Give torchvision's own file with --pretrained FILE, or use --model tiny."
         raise InputError(f"{wrong}\n  {hint}") from error
     preprocess = {"size": 224, "interpolation": "bilinear"}
