@@ -406,7 +406,9 @@ def report_probes(records: list[dict], path) -> None:
     of_runs = [correlations(record) for record in records]
     mean, cells = [], {}
     for one in measures:
-        row = [np.mean([rows[one][other] for rows in of_runs]) for other in measures]
+        row = []
+        for other in measures:
+            row.append(np.mean([rows[one][other] for rows in of_runs]))
         mean.append(row)
         cells[one] = [f"{value:+.2f}" for value in row]
     title = "rank correlation over heads"
