@@ -292,7 +292,7 @@ check.one_step(my_update)
 def my_weights(T, score):
     return clipood.average_shares("bma", 0.5, T)
 
-check.own_average(trajectory, clip, args.rows["mms"], task)(my_weights)
+check.own_average(trajectory, clip, settings["mms"], task)(my_weights)
 """,
             "One weight for each",
         ),
@@ -303,7 +303,7 @@ def my_weights(T, score):
     with np.errstate(divide="ignore"):
         return (x * (1 - x)) ** -0.5
 
-check.own_average(trajectory, clip, args.rows["mms"], task)(my_weights)
+check.own_average(trajectory, clip, settings["mms"], task)(my_weights)
 """,
             "not finite",
         ),
@@ -314,7 +314,7 @@ def my_weights(T, score):
     weights[0], weights[T] = -1, 1
     return weights
 
-check.own_average(trajectory, clip, args.rows["mms"], task)(my_weights)
+check.own_average(trajectory, clip, settings["mms"], task)(my_weights)
 """,
             "add up to 0",
         ),
