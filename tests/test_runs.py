@@ -238,8 +238,8 @@ def test_killed_at_any_moment_and_continued_it_gives_the_same_bytes(script, tmp_
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal(tmp_path):
     """Its signal goes to all processes, also to those that read images."""
-    process = start("headpurify", "--epochs 1000 --workers 2", tmp_path)
-    time.sleep(5)
+    process = start("clipood", "--steps-per-epoch 1000000 --workers 2", tmp_path)
+    time.sleep(5)  # readers start once an epoch: a signal while they are forked can be lost
     os.killpg(process.pid, signal.SIGINT)
     code, text = end_of(process)
     assert code == 130 and "Traceback" not in text, text
