@@ -256,8 +256,7 @@ def fine_tune(row, clip, class_names, class_features, sets, seed):
     optimizer = torch.optim.AdamW(model.parameters(), lr, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, row.epochs * steps)
     for _ in range(row.epochs):
-        order = torch.randperm(len(labels))
-        for indices in order.tensor_split(steps):
+        for indices in torch.randperm(len(labels)).tensor_split(steps):
             loss = F.cross_entropy(classify(features[indices]), labels[indices])
             optimizer.zero_grad()
             loss.backward()
@@ -483,14 +482,15 @@ def train_and_test(args, rows: dict, clip, task, targets, run, seed, cache) -> N
     # Everything is learnt. Only now images of the targets are read.
     source = read(*task.tests["source"].values())
     real = {name: read(images) for name, images in task.tests["target"].items()}
-    for target in real if args.figures or not args.study else ():
-        made = {row: features[target] for row, features in synthesised.items() if features}
-        path = run.folder / f"neighbours-{common.slug(target)}.png"
-        plot_neighbours(made, real[target], path)
-    run.extra["synthesised"] = {}
+    made = {row: features for row, features in synthesised.items() if features}
+    if made and (args.figures or not args.study):
+        for target, images in real.items():
+            of_target = {row: features[target] for row, features in made.items()}
+            path = run.folder / f"neighbours-{common.slug(target)}.png"
+            plot_neighbours(of_target, images, path)
+    quality = {row: synthesis_quality(features, source, real) for row, features in made.items()}
+    run.extra["synthesised"] = quality
     for name in rows:
-        if synthesised[name]:
-            run.extra["synthesised"][name] = synthesis_quality(synthesised[name], source, real)
         run.add(name, accuracies(classify[name], holdout, source, real))
 
 

@@ -284,6 +284,12 @@ def toy(axes, start=None):
     return ldfs.Features(images, torch.eye(4)[axes], labels, start)
 
 
+def test_rows_that_synthesise_nothing_have_no_picture(call_main, small_world, tmp_path):
+    call_main(ldfs.main, "--modes zero-shot plain --epochs 1 --targets sketch")
+    (folder,) = (tmp_path / "runs" / "ldfs").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
 def test_measures_of_synthesised_features():
     """Two classes on four axes, a target domain at right angles."""
     source, targets = toy([0, 0, 1, 1]), {"t": toy([2, 2, 3, 3])}
