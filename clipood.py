@@ -502,9 +502,6 @@ def preset(args) -> dict:
         defaults |= {"ema": 0.95, "head_lr": 3e-3, "steps_per_epoch": 20}
     if args.study == "average":
         defaults["eval_every"] = 1
-    if args.study:
-        file = f"clipood-{args.study}-{common.slug(name)}-{task}.json"
-        defaults["summary"] = Path("results", file)
     if args.protocol == "official":
         defaults["storage"] = "float16"
     return defaults

@@ -237,9 +237,9 @@ def train(clip, class_features, task, row, seed: int, run=None) -> tuple[nn.Modu
     torch.manual_seed(seed)
     visual = copy.deepcopy(clip.visual)
     layers, weights, gates = make_trainable(visual, row)
-    reached = {"none": [], "lora": weights, "gates": gates, "both": weights + gates}[row.mmd_grad]
+    choices = {"none": [], "lora": weights, "gates": gates, "both": weights + gates}
+    reached, domains = set(choices[row.mmd_grad]), len(task.train)
     mmd_at = row.mmd_at if reached else None
-    reached, domains = set(reached), len(task.train)
     steps_per_epoch = max(1, sum(map(len, task.train.values())) // (row.batch_size * domains))
     steps = row.epochs * steps_per_epoch
     parts, state = resume(row, weights, gates, steps, run)

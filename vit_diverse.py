@@ -535,13 +535,13 @@ def plot_heads(run) -> None:
 # ---------- The command line ---------------------------------------------------------------------
 # What depends on the data set: `mnist-cifar` as published, the others our choice.
 PRESET_FLAGS = "model depth dim_head batch_size epochs lr div_lr lambda normalize".split()
-DEFAULTS = {
+PRESETS = {
     "tiny-mnist-cifar": ("scratch", 4, 16, 80, 20, 1e-3, 1e-3, 100_000, "none"),
     "mnist-cifar": ("scratch", 6, 64, 80, 100, 1e-4, 1e-3, 100, "token"),
     "tiny-waterbirds": ("tiny", 4, 16, 80, 5, 1e-4, 1e-4, 1, "token"),
     "waterbirds": ("vit_b_16", 6, 64, 64, 10, 1e-5, 1e-5, 1, "token"),
 }
-DEFAULTS = {dataset: dict(zip(PRESET_FLAGS, values)) for dataset, values in DEFAULTS.items()}
+DEFAULTS = {dataset: dict(zip(PRESET_FLAGS, values)) for dataset, values in PRESETS.items()}
 
 
 def parsers() -> tuple:

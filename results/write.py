@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from notebooks.head_study import correlations
+import headpurify
+import vit_diverse
+from notebooks import head_study
 from support import ASSETS, tables, tiny_world
 
 RESULTS = Path(__file__).resolve().parent
@@ -65,19 +67,14 @@ def synthesised(record: dict) -> dict:
 def interference(record: dict) -> dict:
     """headpurify: |cosine| between the low-rank updates of two heads, averaged over layers."""
     rows = {}
-    for row, extra in record["extra"].items():
-        if extra.get("interference"):  # only rows with low-rank updates have it
-            rows[row] = {"|cosine|": float(np.mean(extra["interference"]))}
+    for row, cosines in headpurify.by_layer(record).items():
+        rows[row] = {"|cosine|": float(np.mean([*cosines.values()]))}
     return rows
 
 
 def drop(record: dict) -> dict:
     """headpurify: accuracy on the target by the order and the number of dropped heads."""
-    rows = {}
-    for order, curve in record["extra"]["drop"].items():
-        counts = map(str, curve["dropped"])
-        rows[order] = dict(zip(counts, curve["target"]))
-    return rows
+    return head_study.by_dropped(record, "target")
 
 
 def heads(record: dict) -> dict:
@@ -102,12 +99,10 @@ def heads(record: dict) -> dict:
 def budget(record: dict) -> dict:
     """vit_diverse: OOD accuracy with heads chosen on n labelled OOD images, mean over draws."""
     rows = {}
-    for row, extra in record["extra"].items():
-        if "budget" not in extra:
-            continue
+    for row, accuracies in vit_diverse.by_budget(record).items():
         rows[row] = {"all heads": record["rows"][row.replace("+sel", "")]["ood"]}
-        for n, accuracies in extra["budget"].items():
-            rows[row][f"n = {n}"] = float(np.mean(accuracies))
+        for n, accuracy in accuracies.items():
+            rows[row][f"n = {n}"] = accuracy
         rows[row]["all of val_ood"] = record["rows"][row]["ood"]
     return rows
 
@@ -116,10 +111,8 @@ def budget(record: dict) -> dict:
 LISTED = json.loads((ASSETS / "tables.json").read_text())
 RECORDS = LISTED["records"]  # {record: differences that a text mentions, "row - other"}
 VIEWS = LISTED["views"]  # [[record, title, a view above, differences]]
-VIEW_OF = {
-    view.__name__: view
-    for view in (first_run, places, synthesised, interference, drop, heads, budget, correlations)
-}
+VIEW_FUNCTIONS = (first_run, places, synthesised, interference, drop, heads, budget)
+VIEW_OF = {view.__name__: view for view in (*VIEW_FUNCTIONS, head_study.correlations)}
 
 
 def read_records(name: str) -> list[dict]:

@@ -164,8 +164,9 @@ def read_command(parser: Parser, preset: Callable, studies: dict, argv=None) -> 
         raise InputError(f"--seeds: one is given twice, {' '.join(map(str, args.seeds))}")
     if args.study:
         args.modes = studies[args.study]
-        name = f"{args.script}-{args.study}-{slug(dataset)}.json"
-        args.summary = args.summary or Path("results", name)
+        parts = args.script, args.study, slug(dataset), getattr(args, "task", None)
+        name = "-".join(part for part in parts if part)
+        args.summary = args.summary or Path("results", f"{name}.json")
     if args.summary and (args.summary.is_dir() or not os.access(args.summary.parent, os.W_OK)):
         raise InputError(f"--summary {args.summary}: give a file in a folder that can be written")
     args.device, args.precision = pick_device(args.device, args.precision)
